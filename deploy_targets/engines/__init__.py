@@ -1,0 +1,1 @@
+"""Serving runtimes, one file each, behind `deploy_targets.protocols.Engine`."""

@@ -1,0 +1,145 @@
+"""TargetProfile: one TOML file that says how a target quantizes, serves, samples and is judged."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploy_targets.errors import ProfileError, UnknownNameError, UsageError
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SchemeSpec(_Table):
+    """How the weights are stored on the target."""
+
+    quantizer: str
+    """Catalog name of the quantizer, e.g. `compressed-tensors` or `onnx-matmulnbits`."""
+    name: str = "BF16"
+    """The scheme as vLLM and llm-compressor write it: W4A16, W8A8, FP8_DYNAMIC, BF16."""
+    bits: int = Field(16, ge=1, le=32)
+    """Bits of a stored weight."""
+    group_size: int | None = Field(None, ge=1)
+    """Input channels that share one scale; None where the scheme has no groups."""
+    symmetric: bool = True
+    """Whether the grid is symmetric around zero (no zero points)."""
+    ignore: tuple[str, ...] = ()
+    """Modules kept in high precision, as exact names or regular expressions after `re:` (llm-compressor's notation)."""
+
+
+class EngineSpec(_Table):
+    """The runtime that serves the target."""
+
+    name: str
+    """Catalog name of the engine, e.g. `vllm`, `onnxruntime`, `transformers`."""
+    process: Literal["shared", "own"] = "shared"
+    """`own` hosts the engine in a process of its own, so that its threads and memory are not the learner's."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The engine's own options; the engine validates them and refuses unknown keys."""
+
+
+class HardwareSpec(_Table):
+    """What the target needs in order to run."""
+
+    devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
+    """Devices the target can run on, any one of them suffices."""
+    packages: tuple[str, ...] = ()
+    """Importable packages that must be present."""
+    extra: str = ""
+    """The pip extra that brings `packages`."""
+
+
+class GateSpec(_Table):
+    """What `verify-deploy` holds the measurements against; beyond `warn` is a warning, beyond `fail` a failure."""
+
+    gap_mean_warn: float = 1.0
+    """Mean abs(dp), in units of the tolerance the run was trained under."""
+    gap_mean_fail: float = 1.5
+    """See `gap_mean_warn`."""
+    kl_k3_warn: float = 0.05
+    """Mean k3 estimate of KL(engine || learner) per token, nats."""
+    kl_k3_fail: float = 0.2
+    """See `kl_k3_warn`."""
+    greedy_agreement_warn: float = 0.95
+    """Share of probe tokens at which engine and learner have the same most probable token, lower bound."""
+    greedy_agreement_fail: float = 0.85
+    """See `greedy_agreement_warn`."""
+    accuracy_drop_warn: float = 0.03
+    """Task accuracy recorded at export minus the one measured here, upper bound."""
+    accuracy_drop_fail: float = 0.08
+    """See `accuracy_drop_warn`."""
+
+
+class TargetProfile(_Table):
+    """One deployment target. Copy a file of `deploy_targets/profiles/` to make your own."""
+
+    name: str
+    """What the user types after --target."""
+    description: str
+    """One line for `targets list`."""
+    engine: EngineSpec
+    """The runtime."""
+    scheme: SchemeSpec
+    """The checkpoint format."""
+    hardware: HardwareSpec = HardwareSpec()
+    """What must be present."""
+    max_model_len: int = Field(1024, ge=2)
+    """Longest prompt + response in tokens that the target serves."""
+    gates: GateSpec = GateSpec()
+    """Bounds of `verify-deploy`."""
+    constraint: dict[str, Any] = Field(default_factory=dict)
+    """Recommended `[constraint]` table for runs against this target; the user's config wins over it."""
+
+
+def parse_profile(text: str, source: str) -> TargetProfile:
+    """Validate the TOML `text` of a profile; `source` names it in errors.
+
+    Raises `ProfileError` with every offending key at once.
+    """
+    try:
+        return TargetProfile.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"{source} is not valid TOML", [str(error)]) from None
+    except ValidationError as error:
+        raise ProfileError(f"{source} is not a valid target profile", validation_lines(error)) from None
+
+
+def validation_lines(error: ValidationError) -> list[str]:
+    """One line for each thing pydantic refused: dotted key, reason, the value given."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
+        given = "" if item["type"] in ("missing", "extra_forbidden") else f" (got {item['input']!r})"
+        lines.append(f"{key}: {reason}{given}")
+    return lines
+
+
+def shipped_profiles() -> dict[str, TargetProfile]:
+    """Every profile of `deploy_targets/profiles/`, by name."""
+    folder = resources.files("deploy_targets") / "profiles"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    profiles = (parse_profile(f.read_text("utf-8"), f.name) for f in files)
+    return {profile.name: profile for profile in profiles}
+
+
+def load_profile(name_or_path: str) -> TargetProfile:
+    """A shipped profile by name, or the user's own by the path of its TOML file.
+
+    Raises `UnknownNameError` for an unknown name, `ProfileError` for a file that does not validate.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UsageError(f"target profile {path} does not exist; give a TOML file or one of the names in `hetero-rl targets list`")
+        return parse_profile(path.read_text("utf-8"), str(path))
+    profiles = shipped_profiles()
+    if name_or_path not in profiles:
+        raise UnknownNameError("target", name_or_path, profiles)
+    return profiles[name_or_path]

@@ -1,0 +1,1 @@
+"""Checkpoint formats, one file each, behind `deploy_targets.protocols.Quantizer`."""

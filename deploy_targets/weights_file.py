@@ -1,0 +1,80 @@
+"""A safetensors file written tensor by tensor, so that a publish holds one layer and not the whole model.
+
+The header comes first in the format but is known last; its room is reserved and filled with the spaces that the
+format allows (https://github.com/huggingface/safetensors#format). Tensors of equal names, shapes and dtypes always
+land at equal offsets, so that a graph may point into the file and outlive a version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy_targets.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER_BYTES_PER_TENSOR = 224
+
+
+def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_tensors_max: int) -> str:
+    """Stream `tensors` into the safetensors file `path`; returns the sha256 of the file as hex.
+
+    The file appears under its name only when it is complete. Raises `WeightsError` for a non-finite tensor, before
+    anything can load it, and for more than `num_tensors_max` tensors.
+    """
+    import torch
+
+    dtype_names = {
+        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+        torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+    }  # fmt: skip
+    room = num_tensors_max * _HEADER_BYTES_PER_TENSOR
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    temporary = path.with_name(path.name + ".partial")
+    offset = 0
+    try:
+        with open(temporary, "wb") as file:
+            file.seek(8 + room)
+            for name, tensor in tensors:
+                flat = tensor.detach().cpu().contiguous()
+                if flat.is_floating_point() and not torch.isfinite(flat.float()).all():
+                    raise WeightsError(f"tensor {name!r} holds NaN or infinity; it is not published. The learner has diverged: lower learner.lr")
+                data = flat.view(-1).view(torch.uint8).numpy() if flat.ndim else flat.reshape(1).view(torch.uint8).numpy()
+                header[name] = {"dtype": dtype_names[flat.dtype], "shape": list(flat.shape), "data_offsets": [offset, offset + data.nbytes]}
+                file.write(memoryview(data))
+                offset += data.nbytes
+            encoded = json.dumps(header, separators=(",", ":")).encode()
+            if len(encoded) > room:
+                raise WeightsError(f"{len(header) - 1} tensors need {len(encoded)} bytes of header, {room} were reserved")
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + encoded.ljust(room))
+        digest = sha256_of(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_layout(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Name -> (safetensors dtype, shape, offset in the file, length in bytes) of every tensor in a safetensors file."""
+    with open(path, "rb") as file:
+        room = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(room))
+    base = 8 + room
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), base + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
