@@ -1,0 +1,83 @@
+"""Tiny random models, made on the spot: real Hugging Face checkpoints that every engine can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+Family = Literal["qwen3", "qwen2", "llama"]
+
+CHARACTERS = "0123456789+-*/=()., abcdefghijklm"
+SPECIALS = ("<pad>", "<bos>", "<eos>")
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+
+def tiny_model(
+    family: Family,
+    folder: Path,
+    *,
+    hidden_size: int = 128,
+    intermediate_size: int = 256,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    max_position_embeddings: int = 256,
+    tied: bool = False,
+    seed: int = 0,
+    weight_std: float = 0.05,
+    extra_config: dict[str, Any] | None = None,
+) -> Path:
+    """Save a random bf16 checkpoint (`config.json`, `model.safetensors`, char-level `tokenizer.json`) in `folder`.
+
+    `qwen2` has biases on q, k and v and takes its head_dim from hidden_size / num_heads; norms and biases are random
+    too, so that a tensor that gets lost or swapped changes the log-probs. Returns `folder`.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    classes: dict[str, tuple[Any, Any]] = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }
+    config_class, model_class = classes[family]
+    vocab_size = save_tokenizer(folder)
+    config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tied,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        **({} if family == "qwen2" else {"head_dim": head_dim}),
+        **(extra_config or {}),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = model_class(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else weight_std * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a char-level `tokenizer.json` and its config into `folder`; returns the vocabulary size, a multiple of 4."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: index for index, piece in enumerate((*SPECIALS, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    return len(vocabulary)
