@@ -1,0 +1,45 @@
+"""The floor: the gap that is there before anything was learned, and the tolerance in its units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Mean abs(dp) of the same weights on both machines, with a 95 % interval over sequences."""
+
+    mean: float
+    low: float
+    high: float
+    num_tokens: int
+
+
+def measure_floor(gaps: list[NDArray[np.float32]], *, seed: int = 0, num_resamples: int = 500) -> Floor:
+    """The floor from per-token gaps of several sequences.
+
+    Args:
+        gaps: One float32 array [num_tokens_i] of abs(dp) per sequence; NaN (no engine log-prob) is left out.
+        seed: Seed of the bootstrap.
+        num_resamples: Bootstrap resamples. Sequences, not tokens, are drawn: tokens of one response are not independent.
+
+    Raises:
+        ValueError: no token has a finite gap.
+    """
+    sums = np.array([np.nansum(gap) for gap in gaps], dtype=np.float64)
+    counts = np.array([np.isfinite(gap).sum() for gap in gaps], dtype=np.float64)
+    if counts.sum() == 0:
+        raise ValueError("no token has a finite engine log-prob, so there is no floor to measure")
+    draws = np.random.default_rng(seed).integers(0, len(gaps), (num_resamples, len(gaps)))
+    means = sums[draws].sum(axis=1) / np.maximum(counts[draws].sum(axis=1), 1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Floor(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
+
+
+def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floor) -> float:
+    """The bound on the mean abs(dp): `value` times the floor, or `value` itself."""
+    return value * floor.mean if unit == "floor" else value

@@ -1,0 +1,275 @@
+"""The config tree: one owner per value, unknown keys refused, every field explained under it.
+
+A run is described by TOML files (later ones win over earlier ones) and `--set table.key=value` over both.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy_targets.errors import ProfileError, UsageError
+from deploy_targets.profile import TargetProfile, load_profile, validation_lines
+from hetero_rl.tasks.config import ArithmeticConfig, TaskConfig
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Table):
+    """`[model]`: where the high-fidelity weights come from."""
+
+    path: str = "demo"
+    """A folder or hub id of a transformers causal LM with safetensors weights; `demo` is the shipped tiny model."""
+
+
+class TargetConfig(_Table):
+    """`[target]`: what the model is trained for."""
+
+    name: str = "int4-onnx"
+    """A name of `hetero-rl targets list`, or the path of your own profile (.toml)."""
+
+
+class LearnerConfig(_Table):
+    """`[learner]`: the DeepSpeed side."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(5, ge=0)
+    """Optimizer steps of linear warm-up."""
+    lr_final_ratio: float = Field(0.1, ge=0, le=1)
+    """The cosine ends at this share of `lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping by global norm."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    tokens_per_micro_batch: int = Field(8192, ge=16)
+    """Padded tokens of one forward pass; rollouts are sorted by length first, so that little of it is padding."""
+    logit_chunk_elements: int = Field(4_000_000, ge=1024)
+    """Most logits (tokens x vocabulary) held at a time; the rest is recomputed in the backward pass."""
+    updates_per_rollout: int = Field(1, ge=1)
+    """Optimizer steps per rollout batch, each on its own share of the groups."""
+    max_skipped_in_a_row: int = Field(5, ge=1)
+    """Stop the run after so many steps in a row with a non-finite loss or gradient."""
+
+
+class AlgorithmConfig(_Table):
+    """`[algorithm]`: advantage, policy loss, engine correction."""
+
+    normalize_std: bool = True
+    """Divide group-centred rewards by the group's standard deviation (GRPO); false is Dr. GRPO."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range of the learner-against-learner ratio."""
+    clip_high: float = Field(0.28, gt=0)
+    """Upper clip range of the learner-against-learner ratio."""
+    correction: Literal["none", "tis"] = "none"
+    """Engine correction: `tis` weights tokens by min(p_learner / p_engine, tis_cap). Use it when the bf16 weights ship."""
+    tis_cap: float = Field(2.0, gt=0)
+    """Cap of the TIS weight."""
+
+
+class ConstraintConfig(_Table):
+    """`[constraint]`: the bound on the discrepancy and how it is enforced."""
+
+    signal: Literal["off", "grey_box", "loss", "advantage"] = "grey_box"
+    """How the penalty reaches the gradient (docs/algorithm.md); `off` only measures."""
+    tolerance: float = Field(0.7, gt=0)
+    """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
+    tolerance_unit: Literal["floor", "absolute"] = "floor"
+    """`floor`: multiples of the gap measured at the start with the same weights on both sides."""
+    floor_tokens: int = Field(4096, ge=64)
+    """Response tokens the floor is measured on."""
+    controller: Literal["dual", "fixed"] = "dual"
+    """`dual`: projected dual ascent; `fixed`: lambda stays at `lambda_init`."""
+    lambda_init: float = Field(0.3, ge=0)
+    """Multiplier at the first step."""
+    lambda_max: float | None = Field(None, gt=0)
+    """Projection bound; unset: 2.0 for `grey_box`, 0.3 for the signals that hold the engine constant and can destroy a run."""
+    eta: float = Field(0.05, gt=0)
+    """Step of the dual ascent per unit of relative violation."""
+    ema: float = Field(0.9, ge=0, lt=1)
+    """Decay of the average of the gap that the controller sees."""
+    patience: int = Field(40, ge=1)
+    """Steps at `lambda_max` without a falling gap before the constraint is reported as infeasible and lambda is bounded."""
+
+    @property
+    def multiplier_cap(self) -> float:
+        """`lambda_max`, or the default of the signal."""
+        if self.lambda_max is not None:
+            return self.lambda_max
+        return 2.0 if self.signal == "grey_box" else 0.3
+
+
+class LoopConfig(_Table):
+    """`[loop]`: how long and how much."""
+
+    num_steps: int = Field(120, ge=1)
+    """Steps: rollouts, learner update, publish."""
+    seed: int = Field(0, ge=0)
+    """Everything random in a run follows from (seed, step)."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Problems per step."""
+    samples_per_prompt: int = Field(8, ge=2)
+    """Responses per problem: the group that advantages are computed in."""
+    max_response_tokens: int = Field(64, ge=1)
+    """Longest response."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the learner's log-probs are taken at the same one."""
+    publish_every: int = Field(1, ge=1)
+    """Steps between publishes of the learner's weights to the engine."""
+
+
+class CheckpointConfig(_Table):
+    """`[checkpoint]`: what a kill may cost."""
+
+    every_steps: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class EvaluationConfig(_Table):
+    """`[evaluation]`: accuracy on held-out problems, greedy, on the engine and on the learner."""
+
+    every_steps: int = Field(20, ge=1)
+    """Steps between evaluations; the first comes before any update, one more after the last."""
+    num_problems: int = Field(500, ge=1)
+    """Held-out problems of an evaluation while training."""
+    num_final_problems: int = Field(1000, ge=1)
+    """Held-out problems of the first and the last evaluation, and of the task sample in the artifact."""
+
+
+class ExportConfig(_Table):
+    """`[export]`: what travels with the artifact."""
+
+    probe_tokens: int = Field(4096, ge=256)
+    """Response tokens of the golden probes."""
+
+
+class RunConfig(_Table):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = Field(default_factory=ArithmeticConfig)
+    target: TargetConfig = TargetConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    constraint: ConstraintConfig = ConstraintConfig()
+    loop: LoopConfig = LoopConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def updates_divide_the_prompts(self) -> RunConfig:
+        """Each update gets its own share of whole groups."""
+        if self.loop.prompts_per_step % self.learner.updates_per_rollout:
+            raise ValueError(
+                f"loop.prompts_per_step = {self.loop.prompts_per_step} cannot be split into learner.updates_per_rollout = "
+                f"{self.learner.updates_per_rollout} equal shares"
+            )
+        return self
+
+
+def load_config(files: Sequence[Path], settings: Sequence[str] = (), target: str | None = None) -> tuple[RunConfig, TargetProfile]:
+    """Merge TOML `files` (later wins), the profile's recommended `[constraint]` (below them), and `settings` (`a.b=c`, above all).
+
+    Args:
+        files: TOML files; none gives the defaults, which are the demo.
+        settings: `table.key=value`; the value is read as TOML, and as a plain string where it is not TOML.
+        target: What --target said; wins over `[target] name`.
+
+    Raises:
+        UsageError: a file that is missing or unreadable, or a setting without `=`.
+        ProfileError: every unknown key and every value of a wrong type or range, at once.
+        UnknownNameError: the target does not exist.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        _merge(merged, _read_toml(file))
+    for setting in settings:
+        _merge(merged, _parse_setting(setting))
+    if target is not None:
+        _merge(merged, {"target": {"name": target}})
+    name = _dig(merged, "target", "name", default=TargetConfig().name)
+    profile = load_profile(name if isinstance(name, str) else str(name))
+    with_profile: dict[str, Any] = {"constraint": dict(profile.constraint)}
+    _merge(with_profile, merged)
+    try:
+        return RunConfig.model_validate(with_profile), profile
+    except ValidationError as error:
+        source = ", ".join(str(file) for file in files) or "the settings"
+        raise ProfileError(f"the config ({source}) is not valid", validation_lines(error), _known_keys_hint(error)) from None
+
+
+def config_from_json(text: str) -> RunConfig:
+    """The config that a run folder was made with."""
+    return RunConfig.model_validate(json.loads(text))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"config file {file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {file} is not valid TOML: {error}") from None
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {setting!r} is not of the form table.key=value, e.g. --set loop.num_steps=50")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    nested: Any = value
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            # A table with another `type` is another table: keys of the old type would be unknown to it.
+            if "type" in value and value["type"] != into[key].get("type"):
+                into[key] = dict(value)
+            else:
+                _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _dig(tree: Mapping[str, Any], *keys: str, default: Any) -> Any:
+    for key in keys:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return default
+        tree = tree[key]
+    return tree
+
+
+def _known_keys_hint(error: ValidationError) -> str:
+    for item in error.errors():
+        if item["type"] != "extra_forbidden":
+            continue
+        model: Any = RunConfig
+        for part in item["loc"][:-1]:
+            field = getattr(model, "model_fields", {}).get(part)
+            model = field.annotation if field is not None else None
+        known = getattr(model, "model_fields", None)
+        if known:
+            table = ".".join(str(part) for part in item["loc"][:-1]) or "the top level"
+            return f"Known keys of {table}: {', '.join(known)}"
+    return ""

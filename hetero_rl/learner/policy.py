@@ -1,0 +1,76 @@
+"""The policy: a transformers causal LM, asked only for what the loss reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hetero_rl.algorithm.signals import grey_box_kl
+from hetero_rl.learner.fake_quant import TwinLinear, twin
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Per response token: `logp` (with gradient), `entropy` (no gradient), `twin_kl` (with gradient; None if not asked), `greedy`.
+
+    float32 [num_tokens] in nats, `greedy` int64 [num_tokens].
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    greedy: Tensor
+    twin_kl: Tensor | None
+
+
+class Policy(nn.Module):
+    """Log-probs of response tokens, logits in chunks, the twin's KL beside them."""
+
+    def __init__(self, lm: nn.Module, twins: list[TwinLinear], chunk_elements: int) -> None:
+        """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`."""
+        super().__init__()
+        self.lm = lm
+        self.twins = twins
+        self.chunk_elements = chunk_elements
+
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float, with_twin_kl: bool = False, as_twin: bool = False
+    ) -> TokenStats:
+        """Statistics of `targets` at (`rows`, `columns`) of `input_ids`; arguments as in `MicroBatch`.
+
+        `with_twin_kl` runs the fake-quantized twin beside the learner (a second forward pass); `as_twin` runs the twin alone.
+        """
+        hidden = self._hidden(input_ids, as_twin)[rows, columns]
+        twin_hidden = self._hidden(input_ids, as_twin=True)[rows, columns] if with_twin_kl else None
+        chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))  # type: ignore[union-attr, arg-type]
+        parts = []
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            arguments = (hidden[part], None if twin_hidden is None else twin_hidden[part], targets[part], temperature, as_twin)
+            # One chunk keeps its logits for the backward pass; several would keep all of them, so they are recomputed.
+            keep = len(targets) <= chunk or not torch.is_grad_enabled()
+            parts.append(self._token_stats(*arguments) if keep else checkpoint(self._token_stats, *arguments, use_reentrant=False))
+        logp, entropy, greedy, kl = zip(*parts, strict=True)
+        return TokenStats(torch.cat(logp), torch.cat(entropy), torch.cat(greedy), torch.cat(kl) if with_twin_kl else None)
+
+    def _hidden(self, input_ids: Tensor, as_twin: bool) -> Tensor:
+        with twin(self.twins if as_twin else []):
+            return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return, operator, union-attr]
+
+    def _logits(self, hidden: Tensor, temperature: float, as_twin: bool) -> Tensor:
+        with twin(self.twins if as_twin else []):
+            return self.lm.get_output_embeddings()(hidden).float() / temperature  # type: ignore[no-any-return, operator]
+
+    def _token_stats(
+        self, hidden: Tensor, twin_hidden: Tensor | None, targets: Tensor, temperature: float, as_twin: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        logits = self._logits(hidden, temperature, as_twin)
+        logp_all = torch.log_softmax(logits, dim=-1)
+        logp = logp_all.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():
+            entropy = -(logp_all.exp() * logp_all).sum(dim=-1)
+            greedy = logits.argmax(dim=-1)
+        kl = None if twin_hidden is None else grey_box_kl(self._logits(twin_hidden, temperature, as_twin=True), logits)
+        return logp, entropy, greedy, kl
