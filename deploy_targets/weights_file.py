@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _HEADER_BYTES_PER_TENSOR = 224
 
 
-def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_tensors_max: int) -> str:
-    """Stream `tensors` into the safetensors file `path`; returns the sha256 of the file as hex.
+def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_tensors_max: int) -> None:
+    """Stream `tensors` into the safetensors file `path`.
 
     The file appears under its name only when it is complete. Raises `WeightsError` for a non-finite tensor, before
     anything can load it, and for more than `num_tensors_max` tensors.
@@ -54,11 +54,9 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_t
                 raise WeightsError(f"{len(header) - 1} tensors need {len(encoded)} bytes of header, {room} were reserved")
             file.seek(0)
             file.write(room.to_bytes(8, "little") + encoded.ljust(room))
-        digest = sha256_of(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return digest
 
 
 def sha256_of(path: Path) -> str:

@@ -163,8 +163,8 @@ class Learner:
         with torch.no_grad():
             clipped = torch.where(mask, losses.clip_fraction(stats.logp, old_logp, advantage, *clip), 0.0).sum()
             entropy = masked_mean(stats.entropy, mask) * mask.sum()
-        part = {"policy_loss": float(policy_loss), "constraint_cost": float(cost), "entropy_nats": float(entropy), "clip_fraction": float(clipped)}
-        return policy_loss + multiplier * cost, gap, part
+        sums = {"policy_loss": policy_loss, "constraint_cost": cost, "entropy_nats": entropy, "clip_fraction": clipped}
+        return policy_loss + multiplier * cost, gap, {name: float(total.detach()) for name, total in sums.items()}
 
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""

@@ -1,0 +1,185 @@
+"""Quantize, publish, prove: the learner's weights become what the engine serves.
+
+The engine's folder is the artifact in the making: engine-native files around one `model.safetensors`. A publish writes the
+new weights beside the old, swaps them into the running engine, proves that the engine now computes with them, and only
+then gives them the old one's name. What the engine last served is therefore what lies in the folder (law 1).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy_targets.catalog import open_engine
+from deploy_targets.errors import EngineError, ProofError
+from deploy_targets.profile import TargetProfile
+from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
+from deploy_targets.weights_file import write_weights
+from hetero_rl.learner.deepspeed_learner import Learner
+
+PROOF_GAP_MIN = 0.02
+"""Mean abs(dp) between twin and engine that kernels alone may cause, whatever was measured at the start."""
+PROOF_GAP_FACTOR = 5.0
+"""How far that gap may grow over the one of the freshly built engine before the update counts as failed."""
+STALE_MARGIN = 2.0
+"""A twin that moved by more than this many kernel gaps must have taken the engine along."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishStats:
+    """Seconds by phase, and the proof's mean abs(p_twin - p_engine)."""
+
+    quantize_s: float
+    swap_s: float
+    proof_s: float
+    proof_gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeProbabilities:
+    """Probabilities of the probe tokens, float32 [num_tokens] each: what the target should answer, and what it answered."""
+
+    twin: NDArray[np.float32]
+    engine: NDArray[np.float32]
+
+    @property
+    def gap(self) -> float:
+        """Mean abs(p_twin - p_engine)."""
+        return float(np.abs(self.twin - self.engine).mean())
+
+
+class Publisher:
+    """Owns the serving engine and the folder it serves from."""
+
+    def __init__(self, learner: Learner, quantizer: Quantizer, profile: TargetProfile, model_dir: Path, folder: Path) -> None:
+        """Quantize the learner's weights as version 0 into `folder` and start the engine on them."""
+        self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
+        self.num_rebuilds = 0
+        self._probes: list[TokenSequence] = []
+        self._reference_gap = 0.0
+        self._last: ProbeProbabilities | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder / WEIGHTS_FILE)
+        quantizer.scaffold(model_dir, folder)
+        self.engine: Engine = open_engine(profile, folder, 0)
+
+    @property
+    def probes(self) -> list[TokenSequence]:
+        """The sequences that every update is proven on."""
+        return self._probes
+
+    def calibrate(self, probes: list[TokenSequence], reference_gap: float | None = None) -> float:
+        """Choose the proof's probes; the gap on the freshly built engine is the kernels' own, and the reference of later proofs.
+
+        A resumed run passes the `reference_gap` it was started with. Raises `ProofError` when even the fresh engine does not
+        compute what the scheme says.
+        """
+        self._probes = probes
+        self._last = self._measure()
+        self._reference_gap = self._last.gap if reference_gap is None else reference_gap
+        if not self._last.gap <= max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * self._reference_gap) or self._last.gap > 0.1:
+            raise ProofError(
+                f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to the "
+                f"fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"
+            )
+        return self._reference_gap
+
+    def publish(self, weight_version: int) -> PublishStats:
+        """Publish the learner's weights as `weight_version`; on a failed proof rebuild the engine once, then give up.
+
+        Raises:
+            WeightsError: a tensor holds NaN or infinity; the engine keeps serving the old version.
+            ProofError: neither the updated nor the rebuilt engine serves what was published.
+        """
+        start = time.perf_counter()
+        pending = self.folder / f"{WEIGHTS_FILE}.next"
+        self._write(pending)
+        quantized = time.perf_counter()
+        try:
+            self.engine.update(WeightFile(pending, weight_version))
+        except EngineError as error:
+            failure: str | None = str(error)
+        else:
+            failure = None
+        os.replace(pending, self.folder / WEIGHTS_FILE)
+        swapped = time.perf_counter()
+        failure = failure or self._proof_failure()
+        if failure is not None:
+            self._rebuild(weight_version, failure)
+        proven = time.perf_counter()
+        assert self._last is not None
+        return PublishStats(quantized - start, swapped - quantized, proven - swapped, self._last.gap)
+
+    def restart(self, weight_version: int) -> None:
+        """Serve the learner's weights from a fresh engine (after a resume)."""
+        self.engine.close()
+        self._write(self.folder / WEIGHTS_FILE)
+        self.engine = open_engine(self._profile, self.folder, weight_version)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    def _write(self, path: Path) -> None:
+        num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
+        write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * num_tensors + 64)
+
+    def _measure(self) -> ProbeProbabilities:
+        twin = self._learner.score(self._probes, as_twin=True)
+        engine = self.engine.score(self._probes, self._learner.temperature)
+        return ProbeProbabilities(np.exp(np.concatenate([s.logps for s in twin])), np.exp(np.concatenate([s.logps for s in engine])))
+
+    def _proof_failure(self) -> str | None:
+        measured = self._measure()
+        failure = proof_failure(measured, self._last, self._reference_gap)
+        self._last = measured
+        return failure
+
+    def _rebuild(self, weight_version: int, failure: str) -> None:
+        self.num_rebuilds += 1
+        self.engine.close()
+        self.engine = open_engine(self._profile, self.folder, weight_version)
+        self._last = None
+        again = self._proof_failure()
+        if again is not None:
+            raise ProofError(
+                f"update {weight_version} is not served by engine {self._profile.engine.name!r} (scheme {self._profile.scheme.name}): {failure}. "
+                f"A rebuilt engine fails as well: {again}. {self._diagnosis()}"
+            )
+
+    def _diagnosis(self) -> str:
+        """Where to look: the layer that the scheme distorts most, by the relative error of its weights."""
+        worst, worst_error = "", 0.0
+        for name, weight in self._learner.named_tensors():
+            if self._quantizer.quantizes(name):
+                error = float((self._quantizer.dequantized(name, weight).float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-12))
+                worst, worst_error = max((worst, worst_error), (name, error), key=lambda pair: pair[1])
+        if not worst:
+            return "No layer is quantized, so the engine or its options are at fault; `hetero-rl doctor` shows versions"
+        return f"The layer that scheme {self._profile.scheme.name} distorts most is {worst} (relative error {worst_error:.1%})"
+
+
+def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, reference_gap: float) -> str | None:
+    """Why the engine's answers do not prove the update, or None when they do (law 5).
+
+    Two rules, both on abs(dp) between the engine and the fake-quantized learner: the engine must agree with the new weights
+    about as well as the fresh engine agreed with its own (`reference_gap`), and when the learner moved far enough to tell,
+    it must agree with them better than with the old ones.
+    """
+    if not np.isfinite(now.engine).all():
+        return f"{int((~np.isfinite(now.engine)).sum())} of {len(now.engine)} probe log-probs are not finite"
+    bound = max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * reference_gap)
+    if now.gap > bound:
+        return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
+    if before is not None:
+        moved = float(np.abs(now.twin - before.twin).mean())
+        to_old = float(np.abs(before.twin - now.engine).mean())
+        if moved > STALE_MARGIN * reference_gap and to_old < now.gap:
+            return f"the engine answers as before the update (abs(dp) {to_old:.4f} to the old weights, {now.gap:.4f} to the new)"
+    return None
