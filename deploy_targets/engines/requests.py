@@ -1,0 +1,115 @@
+"""What every engine checks before it starts: its options and the requests it is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploy_targets.errors import ArtifactError, EngineError, ProfileError, UsageError
+from deploy_targets.profile import validation_lines
+from deploy_targets.types import Sampling, TokenSequence
+from deploy_targets.weights_file import tensor_layout
+
+
+class EngineOptions(BaseModel):
+    """Options every engine has; each engine adds its own and refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_model_len: int = Field(1024, ge=2)
+    """Longest prompt + response in tokens; a model that ends earlier sets the limit."""
+
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+
+def parse_options(options_class: type[OptionsT], options: Mapping[str, Any], engine: str) -> OptionsT:
+    """Validate a profile's `[engine.options]`. Raises `ProfileError` with every offending key at once."""
+    try:
+        return options_class.model_validate(dict(options))
+    except ValidationError as error:
+        known = ", ".join(sorted(options_class.model_fields))
+        raise ProfileError(f"the options of engine {engine!r} are not valid", validation_lines(error), f"known options: {known}") from None
+
+
+def read_limits(artifact_dir: Path, max_model_len: int) -> tuple[int, int]:
+    """The longest sequence that both the target and the model allow, in tokens, and the vocabulary size.
+
+    Raises `ArtifactError` when `config.json` is missing, damaged or names no vocabulary size.
+    """
+    path = artifact_dir / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        vocab_size = int(config["vocab_size"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error!r}. Make the folder again with the quantizer's scaffold") from error
+    return min(max_model_len, int(config.get("max_position_embeddings") or max_model_len)), vocab_size
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, vocab_size: int) -> None:
+    """Raise `UsageError` that lists every prompt that is empty, too long for `max_tokens` more, or out of the vocabulary."""
+    wrong = []
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            wrong.append(f"prompt {index} is empty")
+        elif len(prompt) + sampling.max_tokens > max_model_len:
+            wrong.append(f"prompt {index}: {len(prompt)} tokens + max_tokens {sampling.max_tokens} > max_model_len {max_model_len}")
+        elif min(prompt) < 0 or max(prompt) >= vocab_size:
+            wrong.append(f"prompt {index} holds a token id outside [0, {vocab_size})")
+    _raise_if(wrong, "prompts")
+
+
+def check_sequences(sequences: Sequence[TokenSequence], temperature: float, max_model_len: int, vocab_size: int) -> None:
+    """Raise `UsageError` that lists every sequence that cannot be scored, or for a temperature that is not positive."""
+    if not temperature > 0:
+        raise UsageError(f"scores need a positive temperature, got {temperature}; greedy tokens are scored at temperature 1")
+    wrong = []
+    for index, sequence in enumerate(sequences):
+        if len(sequence.tokens) > max_model_len:
+            wrong.append(f"sequence {index}: {len(sequence.tokens)} tokens > max_model_len {max_model_len}")
+        elif min(sequence.tokens) < 0 or max(sequence.tokens) >= vocab_size:
+            wrong.append(f"sequence {index} holds a token id outside [0, {vocab_size})")
+    _raise_if(wrong, "sequences")
+
+
+def _raise_if(wrong: list[str], what: str) -> None:
+    if wrong:
+        shown = "\n".join(f"  - {line}" for line in wrong[:10])
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise UsageError(f"{len(wrong)} of the {what} cannot be served:\n{shown}{more}")
+
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (safetensors dtype, shape)."""
+
+
+def read_layout(path: Path) -> Layout:
+    """What a safetensors file holds. Raises `EngineError` when it cannot be read."""
+    try:
+        return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensor_layout(path).items()}
+    except (OSError, ValueError, KeyError, MemoryError) as error:
+        raise EngineError(f"{path} cannot be read as a safetensors file: {error!r}") from error
+
+
+def check_layout(expected: Layout, path: Path) -> None:
+    """Raise `EngineError` that names every tensor in which the file `path` differs from what the engine serves.
+
+    It is called before anything is swapped: a wrong file leaves the old version in service.
+    """
+    given = read_layout(path)
+    if given == expected:
+        return
+    wrong = [f"{name}: missing" for name in expected if name not in given]
+    wrong += [f"{name}: unknown to the model" for name in given if name not in expected]
+    wrong += [
+        f"{name}: {given[name][0]} {list(given[name][1])}, the engine has {expected[name][0]} {list(expected[name][1])}"
+        for name in expected
+        if name in given and given[name] != expected[name]
+    ]
+    shown = "\n".join(f"  - {line}" for line in wrong[:10])
+    more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    raise EngineError(f"{path} does not fit the model in service; nothing was changed:\n{shown}{more}")
