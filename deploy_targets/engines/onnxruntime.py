@@ -1,0 +1,169 @@
+"""The engine for graphs of onnxruntime-genai's builder: ONNX Runtime and numpy, nothing else, in this process.
+
+A session runs on one thread, and `num_threads` Python threads each drive a batch of their own through it: every operator,
+the sampling included, then runs in parallel without a barrier after each of them, and nothing spins between calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploy_targets.engines.onnx_decode import Draws, chunks_by_tokens, sample_batch
+from deploy_targets.engines.onnx_graph import Graph
+from deploy_targets.errors import EngineError, ProfileError, UsageError
+from deploy_targets.profile import validation_lines
+from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+
+_LOGITS_PER_PASS = 1 << 26
+"""Logits of one prefill or scoring pass, 256 MiB of float32."""
+_TOKENS_PER_PASS = 2048
+"""Tokens of one prefill or scoring pass: more only fall out of the caches."""
+
+
+class OnnxRuntimeOptions(BaseModel):
+    """The `[engine.options]` table of an ONNX target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_model_len: int = Field(1024, ge=2)
+    """Longest prompt + response in tokens."""
+    num_threads: int | None = Field(None, ge=1)
+    """Cores to use; all that this process may use by default."""
+    threads_per_batch: int = Field(1, ge=1)
+    """Cores that share one batch. More than one pays where there are more cores than full batches, or for single requests."""
+    max_batch_size: int = Field(128, ge=1)
+    """Rows of one batch; there are num_threads / threads_per_batch batches at a time."""
+    execution_provider: str = "CPUExecutionProvider"
+    """ONNX Runtime's name of the provider; the cache lies in host memory."""
+
+
+class OnnxRuntimeEngine:
+    """One graph, one version of its weights, served from host memory."""
+
+    def __init__(self, artifact_dir: Path, options: dict[str, Any], weight_version: int) -> None:
+        """Open the artifact. Raises `ProfileError` for bad options, `ArtifactError` or `EngineError` for a bad artifact."""
+        try:
+            self.options = OnnxRuntimeOptions.model_validate(options)
+        except ValidationError as error:
+            raise ProfileError("engine.options of an onnxruntime target do not validate", validation_lines(error)) from None
+        known = ort.get_available_providers()
+        if self.options.execution_provider not in known:
+            raise ProfileError(
+                f"execution_provider {self.options.execution_provider!r} is not in this build of onnxruntime",
+                [f"available: {', '.join(known)}"],
+            )
+        self.graph = Graph.of(Path(artifact_dir))
+        if self.options.max_model_len > self.graph.context_length:
+            limit = f"max_model_len {self.options.max_model_len} exceeds the graph's context length {self.graph.context_length}"
+            raise ProfileError("the artifact does not fit the profile", [limit], "Lower max_model_len or rebuild from a longer model.")
+        num_threads = self.options.num_threads or _usable_cores()
+        self._num_batches = max(1, num_threads // self.options.threads_per_batch)
+        self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="onnxruntime-batch")
+        self._closed = False
+        self.update(WeightFile(Path(artifact_dir) / WEIGHTS_FILE, weight_version))
+
+    def update(self, weights: WeightFile) -> int:
+        """Serve another version: a new session over the same graph and the mapped file. The old one serves until the new one stands.
+
+        Raises `EngineError` naming each tensor that does not fit; the engine then still serves the old version.
+        """
+        self._session, self._weights = self.graph.session(weights.path, self.options.execution_provider, self.options.threads_per_batch)
+        self.weight_version = weights.weight_version
+        return self.weight_version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+        """Sample one response per prompt, in order; request i draws from the i-th stretch of one generator seeded by `seed`.
+
+        Raises `UsageError` for prompts that are empty, hold unknown tokens or leave no room for one token.
+        """
+        keys = [tuple(int(token) for token in prompt) for prompt in prompts]
+        self._check(keys, self.options.max_model_len - 1)
+        uniforms = np.random.default_rng(sampling.seed).random((len(keys), sampling.max_tokens))
+        # By length, so that a batch pads little; the sort is stable and keeps equal neighbours together.
+        order = np.array(sorted(range(len(keys)), key=lambda i: len(keys[i])), np.int64)
+        num_batches = -(-len(keys) // (self.options.max_batch_size * self._num_batches)) * self._num_batches
+        batches = [part for part in np.array_split(order, max(1, num_batches)) if len(part)]
+
+        def draw(part: NDArray[np.int64]) -> Draws:
+            rows = [keys[i] for i in part]
+            limits = (self.options.max_model_len, self._tokens_per_pass())
+            return sample_batch(self.graph, self._session, rows, sampling, uniforms[part], *limits)
+
+        found: dict[int, Generation] = {}
+        for part, draws in zip(batches, self._map(draw, batches), strict=True):
+            for row, i in enumerate(part):
+                count = draws.counts[row]
+                tokens = draws.tokens[row, :count].copy()
+                reason = "stop" if tokens[-1] in sampling.stop_token_ids else "length"
+                logps = draws.logps[row, :count].copy()
+                found[int(i)] = Generation(keys[i], tokens, logps, self.weight_version, sampling.temperature, reason)  # type: ignore[arg-type]
+        return [found[i] for i in range(len(keys))]
+
+    def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
+        """Teacher-forced log-probs of the response tokens, through the graph that also generates.
+
+        Raises `UsageError` for sequences that are too long or hold unknown tokens.
+        """
+        self._check([sequence.tokens for sequence in sequences], self.options.max_model_len)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+        chunks = chunks_by_tokens([len(sequences[i].tokens) - 1 for i in order], self._tokens_per_pass())
+        parts = [[order[i] for i in chunk] for chunk in chunks]
+
+        def score_part(part: list[int]) -> list[TokenScores]:
+            (logits,) = self.graph.prefill(self._session, [sequences[i].tokens[:-1] for i in part], with_cache=False)
+            return [self._scores(logits[row], sequences[i], temperature) for row, i in enumerate(part)]
+
+        found: dict[int, TokenScores] = {}
+        for part, scores in zip(parts, self._map(score_part, parts), strict=True):
+            found.update(zip(part, scores, strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    def close(self) -> None:
+        """Give back threads, session and weights."""
+        if not self._closed:
+            self._closed = True
+            self._pool.shutdown()
+            del self._session, self._weights
+
+    def _scores(self, logits: NDArray[np.float32], sequence: TokenSequence, temperature: float) -> TokenScores:
+        responses = np.asarray(sequence.tokens[sequence.prompt_len :])
+        scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1]
+        greedy = scaled.argmax(axis=1).astype(np.int32)
+        scaled = (scaled - scaled.max(axis=1, keepdims=True)) / (temperature or 1.0)
+        totals = np.exp(scaled).sum(axis=1, dtype=np.float64)
+        logps = scaled[np.arange(len(responses)), responses] - np.log(totals)
+        return TokenScores(logps.astype(np.float32), greedy, self.weight_version, temperature)
+
+    def _tokens_per_pass(self) -> int:
+        return min(_TOKENS_PER_PASS, max(1, _LOGITS_PER_PASS // self.graph.vocab_size))
+
+    def _check(self, rows: Sequence[tuple[int, ...]], max_len: int) -> None:
+        """Refuse rows that the graph would fail on halfway or, worse, serve wrongly."""
+        for i, row in enumerate(rows):
+            if not 1 <= len(row) <= max_len:
+                raise UsageError(
+                    f"request {i} has {len(row)} tokens; this target takes 1 to {max_len} (max_model_len {self.options.max_model_len})"
+                )
+            if not 0 <= min(row) <= max(row) < self.graph.vocab_size:
+                raise UsageError(f"request {i} holds a token outside 0..{self.graph.vocab_size - 1}; was it made with another tokenizer?")
+
+    def _map(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        try:
+            return list(self._pool.map(function, parts))
+        except Exception as error:  # onnxruntime's exceptions share no base class below Exception
+            raise EngineError(f"onnxruntime failed: {error}") from error
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
