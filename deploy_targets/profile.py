@@ -129,6 +129,14 @@ def shipped_profiles() -> dict[str, TargetProfile]:
     return {profile.name: profile for profile in profiles}
 
 
+def profile_text(name: str) -> str:
+    """The TOML file of a shipped profile, to be copied. Raises `UnknownNameError`."""
+    for file in (resources.files("deploy_targets") / "profiles").iterdir():
+        if file.name == f"{name}.toml":
+            return file.read_text("utf-8")
+    raise UnknownNameError("target", name, shipped_profiles())
+
+
 def load_profile(name_or_path: str) -> TargetProfile:
     """A shipped profile by name, or the user's own by the path of its TOML file.
 

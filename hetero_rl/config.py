@@ -180,6 +180,17 @@ class RunConfig(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def checkpoints_follow_a_publish(self) -> RunConfig:
+        """A checkpoint holds one set of weights: the learner's, which must then be the engine's too."""
+        if self.checkpoint.every_steps % self.loop.publish_every:
+            raise ValueError(
+                f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of loop.publish_every = {self.loop.publish_every}"
+            )
+        if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
+            raise ValueError("loop.publish_every > 1 keeps a copy of the published weights, which learner.zero_stage = 3 cannot hold; use stage 2")
+        return self
+
 
 def load_config(files: Sequence[Path], settings: Sequence[str] = (), target: str | None = None) -> tuple[RunConfig, TargetProfile]:
     """Merge TOML `files` (later wins), the profile's recommended `[constraint]` (below them), and `settings` (`a.b=c`, above all).

@@ -1,0 +1,5 @@
+"""`python -m hetero_rl`."""
+
+from hetero_rl.cli import main
+
+main()

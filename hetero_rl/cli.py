@@ -1,0 +1,177 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from deploy_targets.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED, DeployTargetsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="hetero-rl",
+    help="Train high-fidelity, serve low-cost: the engine you deploy makes the rollouts, a bf16 learner learns from them.",
+    epilog="Examples:  hetero-rl train --target int4-onnx   ·   hetero-rl verify-deploy runs/RUN/artifact   ·   hetero-rl doctor",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+targets_app = typer.Typer(help="Deployment targets: what there is, what is in a profile, what runs here.", no_args_is_help=True)
+app.add_typer(targets_app, name="targets")
+
+ConfigOption = Annotated[Optional[list[Path]], typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")]  # noqa: UP045
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="table.key=value, wins over every file.")]  # noqa: UP045
+TargetOption = Annotated[Optional[str], typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")]  # noqa: UP045
+
+
+@app.command(epilog="Example:  hetero-rl train --target int4-onnx --config configs/demo.toml --set loop.num_steps=60")
+def train(
+    target: TargetOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    run_dir: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/TARGET-DATE-TIME.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the resolved config; train nothing.")] = False,
+) -> None:
+    """Train against a deployment target, export the artifact, draw the report."""
+    from hetero_rl.commands import run_training
+
+    raise typer.Exit(run_training(_console(), target, config or [], settings or [], run_dir, resume=resume, dry_run=dry_run))
+
+
+@app.command(epilog="Example:  hetero-rl export runs/int4-onnx-20260101-120000 --out artifact")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artifact; must not exist.")],
+) -> None:
+    """Export the newest checkpoint of a run as an artifact."""
+    from hetero_rl.commands import run_export
+
+    run_export(_console(), run, out)
+
+
+@app.command("verify-deploy", epilog="Example:  hetero-rl verify-deploy runs/RUN/artifact --json verdict.json --html verdict.html")
+def verify_deploy(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.")] = None,  # noqa: UP045
+    html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
+    reward: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."),
+    ] = None,
+) -> None:
+    """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail or undecided."""
+    from hetero_rl.commands import run_verify
+
+    raise typer.Exit(0 if run_verify(_console(), artifact, json_file, html_file, reward) else EXIT_GATE)
+
+
+@app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")
+def evaluate(
+    run: Annotated[Optional[Path], typer.Argument(help="Run folder; without one, the model of the config as it is.")] = None,  # noqa: UP045
+    target: TargetOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Measure deployed and bf16 accuracy and the discrepancy, without training."""
+    from hetero_rl.commands import run_evaluation
+
+    run_evaluation(_console(), run, target, config or [], settings or [], json_file)
+
+
+@app.command(epilog="Example:  hetero-rl report runs/RUN")
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Optional[Path], typer.Option(help="HTML file; default RUN/report.html.")] = None,  # noqa: UP045
+) -> None:
+    """Draw a run: one HTML file with the curves, the config and the versions."""
+    from hetero_rl.run_report import write_run_report
+
+    path = write_run_report(run, out or run / "report.html")
+    _console().print(f"report   {path}", highlight=False, soft_wrap=True)
+
+
+@targets_app.command("list")
+def targets_list() -> None:
+    """All shipped targets."""
+    from hetero_rl.doctor import targets_table
+
+    _console().print(targets_table())
+
+
+@targets_app.command("show", epilog="Example:  hetero-rl targets show int4-onnx > my-target.toml")
+def targets_show(name: Annotated[str, typer.Argument(help="Name of a target.")]) -> None:
+    """The profile of a target, as the TOML file to copy."""
+    from deploy_targets.profile import profile_text
+
+    sys.stdout.write(profile_text(name))
+
+
+@targets_app.command("check")
+def targets_check(name: Annotated[Optional[str], typer.Argument(help="One target; default all.")] = None) -> None:  # noqa: UP045
+    """Which targets can run on this machine, and what the others need."""
+    from hetero_rl.doctor import check_table
+
+    table, runnable = check_table(name)
+    _console().print(table)
+    if name is not None and not runnable:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, processor features, GPUs, and which targets can run here."""
+    from hetero_rl.doctor import print_doctor
+
+    print_doctor(_console())
+
+
+@app.callback(invoke_without_command=True)
+def version_option(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Options of the program itself."""
+    if version:
+        import hetero_rl
+
+        typer.echo(hetero_rl.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors of ours become one message and their exit code; HETERO_RL_DEBUG=1 shows the traceback."""
+    try:
+        app()
+    except DeployTargetsError as error:
+        if os.environ.get("HETERO_RL_DEBUG"):
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        if os.environ.get("HETERO_RL_DEBUG"):
+            raise
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_FAILED)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    sys.stderr.flush()
+    raise SystemExit(exit_code)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What the commands of `cli.py` do, once their arguments are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy_targets.artifact import PROBES_FILE, check_artifact
+from deploy_targets.catalog import open_engine
+from deploy_targets.errors import EXIT_INTERRUPTED, UsageError
+from deploy_targets.preflight import check_target
+from deploy_targets.probes import read_probes
+from deploy_targets.profile import TargetProfile
+from deploy_targets.report import print_table, write_html
+from deploy_targets.verify import verify
+from hetero_rl.config import RunConfig, load_config
+from hetero_rl.errors import RunFolderError
+from hetero_rl.run_folder import RunFolder, check_same_run, create_run, default_run_dir, open_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_training(
+    console: Console, target: str | None, files: Sequence[Path], settings: Sequence[str], run_dir: Path | None, *, resume: bool, dry_run: bool
+) -> int:
+    """`train`; returns the exit code."""
+    if resume:
+        run, config, profile = _resumed(target, files, settings, run_dir)
+    else:
+        config, profile = load_config(files, settings, target)
+    _require_runnable(profile)
+    if dry_run:
+        _show_plan(console, config, profile)
+        return 0
+    if not resume:
+        run = create_run(run_dir or default_run_dir(profile.name), config, profile)
+    _quiet()
+    from hetero_rl.loop import train
+    from hetero_rl.run_report import write_run_report
+    from hetero_rl.view import View
+
+    with View(console) as view:
+        result = train(config, profile, run, view, resume=resume)
+    report = write_run_report(run.path, run.path / "report.html")
+    if result.artifact is None:
+        console.print(f"stopped after step {result.step}; continue with: hetero-rl train --resume --run-dir {run.path}", highlight=False, soft_wrap=True)
+        return EXIT_INTERRUPTED
+    if result.start_accuracy is not None and result.final_accuracy is not None:
+        console.print(
+            f"deployed accuracy {result.start_accuracy:.1%} -> {result.final_accuracy:.1%} on {config.evaluation.num_final_problems} held-out problems, "
+            f"decoded by {profile.name}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for name, path in {"artifact": result.artifact, "report": report, "curves": run.path / "tensorboard"}.items():
+        console.print(f"{name:<9}{path}", highlight=False, soft_wrap=True)
+    console.print(f"next:    hetero-rl verify-deploy {result.artifact}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def run_export(console: Console, run_path: Path, out: Path) -> None:
+    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed."""
+    run, config, profile = open_run(run_path)
+    if out.exists():
+        raise UsageError(f"{out} exists already; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _require_runnable(profile)
+    _quiet()
+    from hetero_rl.export import export_artifact
+    from hetero_rl.parts import assemble, newest_checkpoint, restore
+    from hetero_rl.view import View
+
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
+    with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack)
+        state = restore(checkpoint, parts)
+        view.phase(f"exporting step {state.step}")
+        accuracy = export_artifact(config, profile, parts, state, out)
+    console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
+
+
+def run_verify(console: Console, artifact: Path, json_file: Path | None, html_file: Path | None, reward_name: str | None) -> bool:
+    """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
+    manifest = check_artifact(artifact)
+    _require_runnable(manifest.profile)
+    _quiet()
+    from hetero_rl.tasks.rewards import artifact_reward
+
+    reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
+    if manifest.task is not None and reward is None:
+        console.print(
+            f"[yellow]warning:[/yellow] the task accuracy is not measured: the artifact was trained with the reward {manifest.task.reward!r}, and code "
+            "named in an artifact is never run by itself. Give it with --reward module:function",
+            soft_wrap=True,
+        )
+    with console.status("replaying probes") as status:
+        engine = open_engine(manifest.profile, artifact, manifest.weight_version)
+        try:
+            report = verify(
+                artifact, engine, manifest, read_probes(artifact / PROBES_FILE), reward=reward,
+                progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+            )  # fmt: skip
+        finally:
+            engine.close()
+    print_table(report, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+    if html_file is not None:
+        write_html(report, html_file)
+    return report.verdict in ("pass", "warn")
+
+
+def run_evaluation(
+    console: Console, run_path: Path | None, target: str | None, files: Sequence[Path], settings: Sequence[str], json_file: Path | None
+) -> None:
+    """`eval`: accuracy on both machines and the gap, for a run's newest checkpoint or for a model as it is."""
+    run: RunFolder | None = None
+    if run_path is not None:
+        if target or files or settings:
+            raise UsageError("eval takes a run folder or --target/--config/--set, not both")
+        run, config, profile = open_run(run_path)
+    else:
+        config, profile = load_config(files, settings, target)
+    _require_runnable(profile)
+    _quiet()
+    from hetero_rl.loop import evaluate, measure_start
+    from hetero_rl.parts import assemble, newest_checkpoint, restore
+    from hetero_rl.view import View
+
+    with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack)
+        checkpoint = newest_checkpoint(run) if run is not None else None
+        if run is not None and checkpoint is None:
+            raise RunFolderError(f"run {run_path} has no checkpoint yet")
+        if checkpoint is not None:
+            restore(checkpoint, parts)
+        view.phase("measuring")
+        gap = measure_start(config, parts).floor
+        numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
+    numbers |= {"constraint/engine_gap": gap.mean, "constraint/engine_gap_interval": [gap.low, gap.high], "num_problems": config.evaluation.num_final_problems}
+    console.print(
+        f"deployed accuracy {numbers['eval/deployed_accuracy']:.1%}   bf16 accuracy {numbers['eval/learner_accuracy']:.1%}   "
+        f"engine gap {gap.mean:.4f} (95 % interval {gap.low:.4f} to {gap.high:.4f})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+
+
+def _resumed(target: str | None, files: Sequence[Path], settings: Sequence[str], run_dir: Path | None) -> tuple[RunFolder, RunConfig, TargetProfile]:
+    if run_dir is None:
+        raise UsageError("--resume needs --run-dir, the folder of the run to continue")
+    run, old, profile = open_run(run_dir)
+    if target is None and not files and not settings:
+        return run, old, profile
+    # Settings are laid over the run's own, so that --resume --set loop.num_steps=200 is enough.
+    if files:
+        new, _ = load_config(files, settings, target)
+    else:
+        base = run.path / "config.json"
+        new, _ = load_config([base], settings, target)
+    check_same_run(old, new)
+    return run, new, profile
+
+
+def _require_runnable(profile: TargetProfile) -> None:
+    reasons = check_target(profile)
+    if reasons:
+        from deploy_targets.errors import PreflightError
+
+        raise PreflightError(f"target {profile.name!r} cannot run on this machine", reasons, "`hetero-rl targets check` shows what can")
+
+
+def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> None:
+    from deploy_targets.preflight import preflight
+    from hetero_rl.model import resolve_model
+    from hetero_rl.parts import check_lengths
+
+    model_dir = resolve_model(config.model.path)
+    preflight(profile, model_dir)
+    check_lengths(config, profile)
+    console.print_json(config.model_dump_json())
+    console.print(f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; model {model_dir.name} fits. Nothing was started.", highlight=False)
+
+
+def _quiet() -> None:
+    """Keep libraries' chatter off the screen; what matters comes back as an error or a warning of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|deepspeed|tensorboard)\.")

