@@ -26,7 +26,9 @@ app = typer.Typer(
 targets_app = typer.Typer(help="Deployment targets: what there is, what is in a profile, what runs here.", no_args_is_help=True)
 app.add_typer(targets_app, name="targets")
 
-ConfigOption = Annotated[Optional[list[Path]], typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")]  # noqa: UP045
+ConfigOption = Annotated[
+    list[Path] | None, typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")
+]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="table.key=value, wins over every file.")]  # noqa: UP045
 TargetOption = Annotated[Optional[str], typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")]  # noqa: UP045
 
@@ -64,7 +66,9 @@ def verify_deploy(
     html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
     reward: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."),
+        typer.Option(
+            help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."
+        ),
     ] = None,
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail or undecided."""

@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy_targets.preflight import check_target
+from deploy_targets.report import print_table, write_html
+
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EXIT_INTERRUPTED, UsageError
-from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import TargetProfile
-from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, load_config
 from hetero_rl.errors import RunFolderError
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
 
 
 def run_training(
-    console: Console, target: str | None, files: Sequence[Path], settings: Sequence[str], run_dir: Path | None, *, resume: bool, dry_run: bool
+    console: Console,
+    target: str | None,
+    files: Sequence[Path],
+    settings: Sequence[str],
+    run_dir: Path | None,
+    *,
+    resume: bool,
+    dry_run: bool,
 ) -> int:
     """`train`; returns the exit code."""
     if resume:
@@ -50,7 +58,11 @@ def run_training(
         result = train(config, profile, run, view, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
-        console.print(f"stopped after step {result.step}; continue with: hetero-rl train --resume --run-dir {run.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"stopped after step {result.step}; continue with: hetero-rl train --resume --run-dir {run.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return EXIT_INTERRUPTED
     if result.start_accuracy is not None and result.final_accuracy is not None:
         console.print(
@@ -146,7 +158,11 @@ def run_evaluation(
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
-    numbers |= {"constraint/engine_gap": gap.mean, "constraint/engine_gap_interval": [gap.low, gap.high], "num_problems": config.evaluation.num_final_problems}
+    numbers |= {
+        "constraint/engine_gap": gap.mean,
+        "constraint/engine_gap_interval": [gap.low, gap.high],
+        "num_problems": config.evaluation.num_final_problems,
+    }
     console.print(
         f"deployed accuracy {numbers['eval/deployed_accuracy']:.1%}   bf16 accuracy {numbers['eval/learner_accuracy']:.1%}   "
         f"engine gap {gap.mean:.4f} (95 % interval {gap.low:.4f} to {gap.high:.4f})",
@@ -157,7 +173,9 @@ def run_evaluation(
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
 
 
-def _resumed(target: str | None, files: Sequence[Path], settings: Sequence[str], run_dir: Path | None) -> tuple[RunFolder, RunConfig, TargetProfile]:
+def _resumed(
+    target: str | None, files: Sequence[Path], settings: Sequence[str], run_dir: Path | None
+) -> tuple[RunFolder, RunConfig, TargetProfile]:
     if run_dir is None:
         raise UsageError("--resume needs --run-dir, the folder of the run to continue")
     run, old, profile = open_run(run_dir)
@@ -183,6 +201,7 @@ def _require_runnable(profile: TargetProfile) -> None:
 
 def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> None:
     from deploy_targets.preflight import preflight
+
     from hetero_rl.model import resolve_model
     from hetero_rl.parts import check_lengths
 
@@ -190,7 +209,10 @@ def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> N
     preflight(profile, model_dir)
     check_lengths(config, profile)
     console.print_json(config.model_dump_json())
-    console.print(f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; model {model_dir.name} fits. Nothing was started.", highlight=False)
+    console.print(
+        f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; model {model_dir.name} fits. Nothing was started.",
+        highlight=False,
+    )
 
 
 def _quiet() -> None:

@@ -188,7 +188,9 @@ class RunConfig(_Table):
                 f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of loop.publish_every = {self.loop.publish_every}"
             )
         if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
-            raise ValueError("loop.publish_every > 1 keeps a copy of the published weights, which learner.zero_stage = 3 cannot hold; use stage 2")
+            raise ValueError(
+                "loop.publish_every > 1 keeps a copy of the published weights, which learner.zero_stage = 3 cannot hold; use stage 2"
+            )
         return self
 
 

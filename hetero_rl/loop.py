@@ -128,7 +128,9 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     while num_tokens < config.constraint.floor_tokens:
         # The run's own recipe, at lambda 0 and without an update: training problems, sampled under seeds beyond every step.
         problems = parts.task.train_problems(batch, config.loop.prompts_per_step)
-        generations = sample(parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch))
+        generations = sample(
+            parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch)
+        )
         drawn = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
         scores = parts.learner.score(drawn)
         gaps += [np.abs(np.exp(score.logps) - np.exp(g.logps)) for score, g in zip(scores, generations, strict=True)]
@@ -172,7 +174,9 @@ def evaluate(parts: Parts, num_problems: int) -> dict[str, float]:
     task, greedy = parts.task, replace(parts.sampling, temperature=0.0)
     problems = task.heldout_problems(num_problems)
     deployed = [generation.tokens for generation in sample(parts.publisher.engine, task, problems, 1, greedy)]
-    learned = parts.learner.greedy_responses([task.encode_prompt(problem) for problem in problems], greedy.max_tokens, greedy.stop_token_ids)
+    learned = parts.learner.greedy_responses(
+        [task.encode_prompt(problem) for problem in problems], greedy.max_tokens, greedy.stop_token_ids
+    )
     return {"eval/deployed_accuracy": accuracy(task, problems, deployed), "eval/learner_accuracy": accuracy(task, problems, learned)}
 
 

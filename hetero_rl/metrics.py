@@ -39,7 +39,9 @@ METRICS: dict[str, Metric] = {
     "constraint/tolerance": Metric("probability", "the bound on the engine gap"),
     "constraint/lambda": Metric("1", "multiplier of the constraint's cost in the step's loss"),
     "constraint/gap_ema": Metric("probability", "the averaged engine gap that drives lambda"),
-    "constraint/cost": Metric("nats or probability", "mean per-token cost of the signal: KL(twin || learner) for grey_box, abs(dp) for loss"),
+    "constraint/cost": Metric(
+        "nats or probability", "mean per-token cost of the signal: KL(twin || learner) for grey_box, abs(dp) for loss"
+    ),
     "constraint/infeasible": Metric("flag", "1 once the constraint was given up and lambda bounded"),
     "engine/nonfinite_logprobs": Metric("count", "sampled tokens without a finite engine log-prob: masked out and counted here"),
     "learner/policy_loss": Metric("1", "clipped surrogate, mean over response tokens"),

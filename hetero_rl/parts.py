@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy_targets.preflight import preflight
+
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
-from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState, checkpoints, load_state
@@ -54,7 +55,9 @@ def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: Vie
     )
     stack.callback(learner.close)
     if config.constraint.signal == "grey_box" and not learner.twins:
-        view.warn(f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, the gap is only measured")
+        view.warn(
+            f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, the gap is only measured"
+        )
     view.phase(f"starting the engine of {profile.name}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving)
     stack.callback(publisher.close)

@@ -106,7 +106,9 @@ class View:
             table.add_row("deployed accuracy", f"{deployed:.1%}", Text(f"learner in bf16 {learner:.1%}", "dim"))
         gap, tolerance = row["constraint/gap_ema"], row["constraint/tolerance"]
         verdict = Text("inside the tolerance", "green") if gap <= tolerance else Text("above the tolerance", "yellow")
-        table.add_row("discrepancy", f"{gap:.4f}", self._spark("constraint/gap_ema") + Text(f"  tolerance {tolerance:.4f}, ", "dim") + verdict)
+        table.add_row(
+            "discrepancy", f"{gap:.4f}", self._spark("constraint/gap_ema") + Text(f"  tolerance {tolerance:.4f}, ", "dim") + verdict
+        )
         table.add_row("lambda", f"{row['constraint/lambda']:.3f}", self._spark("constraint/lambda"))
         seconds = "  ".join(f"{name} {row[key]:.2f}" for name, key in PHASES)
         table.add_row("seconds", f"{row['perf/step_s']:.2f}", Text(seconds, "dim"))

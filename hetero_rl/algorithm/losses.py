@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def ppo_clip_loss(learner_logp: Tensor, learner_old_logp: Tensor, advantage: Tensor, weight: Tensor | float, clip_low: float, clip_high: float) -> Tensor:
+def ppo_clip_loss(
+    learner_logp: Tensor, learner_old_logp: Tensor, advantage: Tensor, weight: Tensor | float, clip_low: float, clip_high: float
+) -> Tensor:
     """Per-token clipped surrogate: -w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = p_learner / p_learner_old.
 
     Args:

@@ -144,7 +144,9 @@ class Learner:
         engine_logp = batch.flatten([sequence.engine_logp for sequence in sequences], self.device)
         advantage = batch.flatten([np.full(len(sequence.tokens), sequence.advantage) for sequence in sequences], self.device)
         known = [sequence.learner_old_logp for sequence in sequences]
-        old_logp = stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], self.device)
+        old_logp = (
+            stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], self.device)
+        )
         gap = split_gap(stats.logp.detach(), old_logp, engine_logp)
 
         mask = torch.isfinite(engine_logp)
@@ -169,7 +171,9 @@ class Learner:
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""
         missing = [i for i, sequence in enumerate(sequences) if sequence.learner_old_logp is None]
-        scores = self.score([TokenSequence((*sequences[i].prompt, *map(int, sequences[i].tokens)), len(sequences[i].prompt)) for i in missing])
+        scores = self.score(
+            [TokenSequence((*sequences[i].prompt, *map(int, sequences[i].tokens)), len(sequences[i].prompt)) for i in missing]
+        )
         filled = list(sequences)
         for i, score in zip(missing, scores, strict=True):
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)
@@ -207,7 +211,12 @@ class Learner:
                     mask[row, width - len(prompts[index]) :] = 1
                 pad = stop_token_ids[0] if stop_token_ids else 0
                 out = lm.generate(
-                    ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_token_ids) or None, pad_token_id=pad
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    eos_token_id=list(stop_token_ids) or None,
+                    pad_token_id=pad,
                 )
                 for row, index in enumerate(rows):
                     responses[index] = _up_to_stop(out[row, width:].tolist(), stop_token_ids)
@@ -217,7 +226,9 @@ class Learner:
         """The bf16 weights under the names of a saved checkpoint, one at a time; under ZeRO-3 each is gathered and let go."""
         import deepspeed
 
-        output_name = next((name for name, module in self.policy.lm.named_modules() if module is self.policy.lm.get_output_embeddings()), None)  # type: ignore[operator]
+        output_name = next(
+            (name for name, module in self.policy.lm.named_modules() if module is self.policy.lm.get_output_embeddings()), None
+        )  # type: ignore[operator]
         for name, parameter in self.policy.lm.named_parameters(remove_duplicate=False):
             if self._tied and name == f"{output_name}.weight":
                 continue
@@ -247,7 +258,9 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write master weights, optimizer and scheduler state into `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="learner", client_state={"skipped_in_a_row": self._skipped_in_a_row}, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder), tag="learner", client_state={"skipped_in_a_row": self._skipped_in_a_row}, save_latest=False
+        )
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
@@ -310,7 +323,13 @@ def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
             "optimizer": {
                 "type": "AdamW",
                 # torch's AdamW: DeepSpeed's own is compiled on first use, for minutes, and needs a toolchain.
-                "params": {"lr": config.lr, "betas": list(config.betas), "eps": 1e-8, "weight_decay": config.weight_decay, "torch_adam": True},
+                "params": {
+                    "lr": config.lr,
+                    "betas": list(config.betas),
+                    "eps": 1e-8,
+                    "weight_decay": config.weight_decay,
+                    "torch_adam": True,
+                },
             },
         },
     )

@@ -19,7 +19,7 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
         return rounded
 
     @staticmethod
@@ -45,7 +45,7 @@ class TwinLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """x @ W.T + b, with W rounded to the target's grid when `as_twin`."""
+        """X @ W.T + b, with W rounded to the target's grid when `as_twin`."""
         if not self.as_twin:
             return super().forward(input)
         return nn.functional.linear(input, self.rounded_weight(), self.bias)

@@ -36,7 +36,14 @@ class Policy(nn.Module):
         self.chunk_elements = chunk_elements
 
     def forward(
-        self, input_ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, temperature: float, with_twin_kl: bool = False, as_twin: bool = False
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_twin_kl: bool = False,
+        as_twin: bool = False,
     ) -> TokenStats:
         """Statistics of `targets` at (`rows`, `columns`) of `input_ids`; arguments as in `MicroBatch`.
 

@@ -1,0 +1,171 @@
+"""Every formula against a closed form or an independent derivation in float64, every gradient against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_rl.algorithm.advantage import group_advantages
+from hetero_rl.algorithm.corrections import tis_weights
+from hetero_rl.algorithm.discrepancy import GapSums, abs_dp, k3, masked_mean, split_gap
+from hetero_rl.algorithm.losses import clip_fraction, ppo_clip_loss
+from hetero_rl.algorithm.signals import advantage_side, grey_box_kl, loss_side_cost
+from hetero_rl.algorithm.tolerance import Floor, measure_floor, tolerance_from
+
+NAN = float("nan")
+
+
+def logps(*probabilities: float, grad: bool = False) -> torch.Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_(grad)
+
+
+class TestAdvantage:
+    def test_closed_form(self) -> None:
+        advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+        expected = 0.5 / math.sqrt(1 / 3)
+        assert advantages.tolist() == [pytest.approx([expected, -expected, -expected, expected], rel=1e-5)]
+
+    def test_equal_rewards_teach_nothing(self) -> None:
+        assert group_advantages(torch.full((2, 4), 0.1)).abs().max() == 0
+
+    def test_without_std_is_centred(self) -> None:
+        assert group_advantages(torch.tensor([[3.0, 1.0]]), normalize_std=False).tolist() == [[1.0, -1.0]]
+
+    def test_dropped_responses_leave_the_group(self) -> None:
+        with_drop = group_advantages(torch.tensor([[1.0, 0.0, NAN, 0.0]]))
+        without = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
+        assert with_drop[0, [0, 1, 3]].tolist() == without[0].tolist()
+        assert with_drop[0, 2] == 0
+
+    def test_all_dropped(self) -> None:
+        assert group_advantages(torch.full((1, 3), NAN)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+class TestDiscrepancy:
+    def test_abs_dp(self) -> None:
+        assert abs_dp(logps(0.9, 0.2), logps(0.5, 0.5)).tolist() == pytest.approx([0.4, 0.3])
+
+    def test_k3_is_unbiased_for_the_kl(self) -> None:
+        engine, learner = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+        expectation = (engine * k3(learner.log(), engine.log())).sum()
+        assert float(expectation) == pytest.approx(float((engine * (engine / learner).log()).sum()))
+
+    def test_masked_mean_ignores_nan_outside(self) -> None:
+        assert masked_mean(torch.tensor([1.0, NAN, 3.0]), torch.tensor([True, False, True])) == 2.0
+        assert masked_mean(torch.tensor([NAN]), torch.tensor([False])) == 0.0
+
+    def test_split_keeps_engine_and_staleness_apart(self) -> None:
+        now, old, engine = logps(0.6, 0.5), logps(0.5, 0.5), logps(0.3, 0.45)
+        gap = split_gap(now, old, engine)
+        assert gap.mean(gap.engine_gap) == pytest.approx((0.2 + 0.05) / 2)
+        assert gap.mean(gap.staleness_gap) == pytest.approx(0.1 / 2)
+
+    @pytest.mark.parametrize("bad", [NAN, float("-inf"), float("inf")])
+    def test_nonfinite_engine_logps_leave_mask_and_denominator(self, bad: float) -> None:
+        now = logps(0.6, 0.5, 0.9)
+        clean = split_gap(now[:2], now[:2], logps(0.3, 0.45))
+        dirty = split_gap(now, now, torch.cat([logps(0.3, 0.45), torch.tensor([bad], dtype=torch.float64)]))
+        assert (dirty.num_tokens, dirty.num_nonfinite) == (2, 1)
+        assert dirty.mean(dirty.engine_gap) == clean.mean(clean.engine_gap)
+        assert dirty.mean(dirty.kl_k3) == clean.mean(clean.kl_k3)
+
+    def test_sums_do_not_depend_on_the_cut(self) -> None:
+        now, engine = logps(0.6, 0.5, 0.9), logps(0.3, 0.45, 0.8)
+        parts = split_gap(now[:1], now[:1], engine[:1]) + split_gap(now[1:], now[1:], engine[1:])
+        whole = split_gap(now, now, engine)
+        assert parts.engine_gap == pytest.approx(whole.engine_gap)
+        assert parts.num_tokens == whole.num_tokens
+        assert math.isnan(GapSums().mean(0.0))
+
+
+class TestPolicyLoss:
+    def test_on_policy_gradient_is_the_score_function(self) -> None:
+        logp = logps(0.3, 0.6, grad=True)
+        advantage = torch.tensor([2.0, -1.0], dtype=torch.float64)
+        ppo_clip_loss(logp, logp.detach(), advantage, 1.0, 0.2, 0.28).sum().backward()
+        assert logp.grad is not None
+        assert logp.grad.tolist() == pytest.approx((-advantage).tolist())
+
+    @pytest.mark.parametrize(
+        ("ratio", "advantage", "clipped"), [(1.5, 1.0, True), (1.5, -1.0, False), (0.5, -1.0, True), (0.5, 1.0, False), (1.25, 1.0, False)]
+    )
+    def test_clip(self, ratio: float, advantage: float, clipped: bool) -> None:
+        old = logps(0.4)
+        logp = (old + math.log(ratio)).requires_grad_(True)
+        a = torch.tensor([advantage], dtype=torch.float64)
+        loss = ppo_clip_loss(logp, old, a, 1.0, 0.2, 0.28)
+        loss.sum().backward()
+        assert logp.grad is not None
+        assert (logp.grad.abs().item() == 0) is clipped
+        assert clip_fraction(logp.detach(), old, a, 0.2, 0.28).item() == float(clipped)
+        bound = ratio if not clipped else (1.28 if ratio > 1 else 0.8)
+        assert loss.item() == pytest.approx(-bound * advantage)
+
+    def test_tis_weight_is_capped_and_constant(self) -> None:
+        learner = logps(0.8, 0.2, grad=True)
+        weight = tis_weights(learner, logps(0.1, 0.4), cap=2.0)
+        assert weight.tolist() == pytest.approx([2.0, 0.5])
+        assert not weight.requires_grad
+
+
+class TestSignals:
+    def test_grey_box_value_and_zero(self) -> None:
+        twin = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+        learner = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+        p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.3, 0.2])
+        assert grey_box_kl(twin, learner).item() == pytest.approx(float((p * np.log(p / q)).sum()))
+        assert grey_box_kl(twin + 3.0, twin).abs().item() < 1e-12
+
+    def test_grey_box_gradient_reaches_both_sides(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        twin = torch.randn(5, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+        learner = torch.randn(5, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+        assert torch.autograd.gradcheck(grey_box_kl, (twin, learner))
+        grey_box_kl(twin, learner).sum().backward()
+        assert twin.grad is not None
+        assert learner.grad is not None
+        # d KL(m || p) / d learner logits = p - m, an independent derivation.
+        assert torch.allclose(learner.grad, learner.detach().softmax(-1) - twin.detach().softmax(-1))
+        assert twin.grad.abs().max() > 0
+
+    def test_loss_side_gradient_is_the_learners_alone(self) -> None:
+        learner, engine = logps(0.6, 0.2, grad=True), logps(0.5, 0.5, grad=True)
+        loss_side_cost(learner, engine).sum().backward()
+        assert learner.grad is not None
+        assert learner.grad.tolist() == pytest.approx([0.6, -0.2])
+        assert engine.grad is None
+
+    def test_advantage_side_has_no_gradient(self) -> None:
+        learner = logps(0.6, grad=True)
+        shaped = advantage_side(torch.tensor([1.0], dtype=torch.float64), learner, logps(0.5), 2.0)
+        assert shaped.item() == pytest.approx(0.8)
+        assert not shaped.requires_grad
+
+
+class TestTolerance:
+    def test_floor_is_the_token_mean(self) -> None:
+        floor = measure_floor([np.array([0.1, 0.3], np.float32), np.array([0.2, np.nan], np.float32)])
+        assert floor.mean == pytest.approx(0.2)
+        assert floor.num_tokens == 3
+        assert floor.low <= floor.mean <= floor.high
+
+    def test_interval_covers_the_truth(self) -> None:
+        generator = np.random.default_rng(0)
+        hits = 0
+        for trial in range(100):
+            gaps = [generator.exponential(0.1, size=20).astype(np.float32) for _ in range(60)]
+            floor = measure_floor(gaps, seed=trial)
+            hits += floor.low <= 0.1 <= floor.high
+        assert hits >= 85
+
+    def test_nothing_finite(self) -> None:
+        with pytest.raises(ValueError, match="no floor"):
+            measure_floor([np.array([np.nan], np.float32)])
+
+    def test_units(self) -> None:
+        floor = Floor(0.02, 0.01, 0.03, 1000)
+        assert tolerance_from(0.7, "floor", floor) == pytest.approx(0.014)
+        assert tolerance_from(0.7, "absolute", floor) == 0.7
