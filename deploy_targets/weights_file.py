@@ -43,11 +43,13 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_t
             file.seek(8 + room)
             for name, tensor in tensors:
                 flat = tensor.detach().cpu().contiguous()
-                if flat.is_floating_point() and not torch.isfinite(flat.float()).all():
-                    raise WeightsError(f"tensor {name!r} holds NaN or infinity; it is not published. The learner has diverged: lower learner.lr")
-                data = flat.view(-1).view(torch.uint8).numpy() if flat.ndim else flat.reshape(1).view(torch.uint8).numpy()
+                if flat.is_floating_point() and not torch.isfinite(flat if flat.element_size() > 1 else flat.float()).all():
+                    raise WeightsError(
+                        f"tensor {name!r} holds NaN or infinity; it is not published. The learner has diverged: lower learner.lr"
+                    )
+                data = flat.reshape(-1).view(torch.uint8).numpy()
                 header[name] = {"dtype": dtype_names[flat.dtype], "shape": list(flat.shape), "data_offsets": [offset, offset + data.nbytes]}
-                file.write(memoryview(data))
+                file.write(data.data)
                 offset += data.nbytes
             encoded = json.dumps(header, separators=(",", ":")).encode()
             if len(encoded) > room:

@@ -26,9 +26,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="Deployment targets: what there is, what is in a profile, what runs here.", no_args_is_help=True)
 app.add_typer(targets_app, name="targets")
 
-ConfigOption = Annotated[
-    list[Path] | None, typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")
-]
+ConfigOption = Annotated[list[Path] | None, typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="table.key=value, wins over every file.")]  # noqa: UP045
 TargetOption = Annotated[Optional[str], typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")]  # noqa: UP045
 

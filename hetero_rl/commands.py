@@ -66,8 +66,8 @@ def run_training(
         return EXIT_INTERRUPTED
     if result.start_accuracy is not None and result.final_accuracy is not None:
         console.print(
-            f"deployed accuracy {result.start_accuracy:.1%} -> {result.final_accuracy:.1%} on {config.evaluation.num_final_problems} held-out problems, "
-            f"decoded by {profile.name}",
+            f"deployed accuracy {result.start_accuracy:.1%} -> {result.final_accuracy:.1%} on {config.evaluation.num_final_problems} "
+            f"held-out problems, decoded by {profile.name}",
             highlight=False,
             soft_wrap=True,
         )
@@ -110,8 +110,8 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
     if manifest.task is not None and reward is None:
         console.print(
-            f"[yellow]warning:[/yellow] the task accuracy is not measured: the artifact was trained with the reward {manifest.task.reward!r}, and code "
-            "named in an artifact is never run by itself. Give it with --reward module:function",
+            f"[yellow]warning:[/yellow] the task accuracy is not measured: the artifact was trained with the reward {manifest.task.reward!r}, "
+            "and code that an artifact names is never run by itself. Give it with --reward module:function",
             soft_wrap=True,
         )
     with console.status("replaying probes") as status:

@@ -185,7 +185,8 @@ class RunConfig(_Table):
         """A checkpoint holds one set of weights: the learner's, which must then be the engine's too."""
         if self.checkpoint.every_steps % self.loop.publish_every:
             raise ValueError(
-                f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of loop.publish_every = {self.loop.publish_every}"
+                f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of "
+                f"loop.publish_every = {self.loop.publish_every}"
             )
         if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
             raise ValueError(

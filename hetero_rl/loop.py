@@ -184,6 +184,6 @@ def infeasible_message(state: LoopState, dual: DualState) -> str:
     """What a user reads when the constraint is given up."""
     return (
         f"the constraint is infeasible: lambda stood at its cap and the engine gap ({dual.gap_ema:.4f}) did not fall towards the tolerance "
-        f"({state.tolerance:.4f}; floor {state.floor.mean:.4f}). lambda is held at {dual.multiplier:g} from here on. Raise constraint.tolerance, "
-        "use constraint.signal = 'grey_box', or choose a target with a finer grid"
+        f"({state.tolerance:.4f}; floor {state.floor.mean:.4f}). lambda is held at {dual.multiplier:g} from here on. "
+        "Raise constraint.tolerance, use constraint.signal = 'grey_box', or choose a target with a finer grid"
     )

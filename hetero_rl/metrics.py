@@ -74,7 +74,7 @@ class MetricsWriter:
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
         if offset is not None:
             self._file.truncate(offset)
-        first_step = sum(1 for _ in open(path, "rb"))
+        first_step = path.read_bytes().count(b"\n")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step if offset is not None else None)
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -86,7 +86,7 @@ class MetricsWriter:
         self._file.flush()
         for name, value in clean.items():
             if name != "step" and value is not None:
-                self._board.add_scalar(name, value, int(row["step"]))  # type: ignore[no-untyped-call]
+                self._board.add_scalar(name, value, int(row["step"]))
 
     @property
     def offset(self) -> int:
@@ -100,7 +100,7 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close both files."""
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -56,7 +56,8 @@ def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: Vie
     stack.callback(learner.close)
     if config.constraint.signal == "grey_box" and not learner.twins:
         view.warn(
-            f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, the gap is only measured"
+            f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, "
+            "so the gap is only measured"
         )
     view.phase(f"starting the engine of {profile.name}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving)

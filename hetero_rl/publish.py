@@ -85,8 +85,8 @@ class Publisher:
         self._reference_gap = self._last.gap if reference_gap is None else reference_gap
         if not self._last.gap <= max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * self._reference_gap) or self._last.gap > 0.1:
             raise ProofError(
-                f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to the "
-                f"fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"
+                f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to "
+                f"the fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"
             )
         return self._reference_gap
 
@@ -149,8 +149,8 @@ class Publisher:
         again = self._proof_failure()
         if again is not None:
             raise ProofError(
-                f"update {weight_version} is not served by engine {self._profile.engine.name!r} (scheme {self._profile.scheme.name}): {failure}. "
-                f"A rebuilt engine fails as well: {again}. {self._diagnosis()}"
+                f"update {weight_version} is not served by engine {self._profile.engine.name!r} (scheme {self._profile.scheme.name}): "
+                f"{failure}. A rebuilt engine fails as well: {again}. {self._diagnosis()}"
             )
 
     def _diagnosis(self) -> str:
@@ -158,7 +158,9 @@ class Publisher:
         worst, worst_error = "", 0.0
         for name, weight in self._learner.named_tensors():
             if self._quantizer.quantizes(name):
-                error = float((self._quantizer.dequantized(name, weight).float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-12))
+                error = float(
+                    (self._quantizer.dequantized(name, weight).float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-12)
+                )
                 worst, worst_error = max((worst, worst_error), (name, error), key=lambda pair: pair[1])
         if not worst:
             return "No layer is quantized, so the engine or its options are at fault; `hetero-rl doctor` shows versions"

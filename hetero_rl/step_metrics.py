@@ -24,7 +24,9 @@ def first_row(state: LoopState) -> dict[str, float]:
     }
 
 
-def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, num_rebuilds: int) -> dict[str, float]:
+def step_row(
+    state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, num_rebuilds: int
+) -> dict[str, float]:
     """The numbers of a step, named as in `metrics.METRICS`."""
     gap, rewards = update.gap, rollouts.rewards
     valid = rewards[np.isfinite(rewards)]

@@ -110,7 +110,7 @@ class Learner:
         gap = sum((step.gap for step in steps), GapSums())
 
         def mean(field: str) -> float:
-            return sum(getattr(step, field) for step in steps) / len(steps)
+            return float(np.mean([getattr(step, field) for step in steps]))
 
         means = {field: mean(field) for field in ("policy_loss", "constraint_cost", "entropy_nats", "clip_fraction", "grad_norm")}
         return UpdateStats(gap=gap, lr=steps[-1].lr, num_skipped=sum(step.num_skipped for step in steps), **means)
@@ -189,7 +189,7 @@ class Learner:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if num_skipped else 0
         if self._skipped_in_a_row >= self.config.max_skipped_in_a_row:
             raise DivergedError(
-                f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row (last loss {loss:g}, gradient norm {grad_norm:g}). "
+                f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row (loss {loss:g}, gradient norm {grad_norm:g}). "
                 f"Lower learner.lr (now {self.config.lr:g}) or resume from an earlier checkpoint"
             )
 
@@ -226,9 +226,8 @@ class Learner:
         """The bf16 weights under the names of a saved checkpoint, one at a time; under ZeRO-3 each is gathered and let go."""
         import deepspeed
 
-        output_name = next(
-            (name for name, module in self.policy.lm.named_modules() if module is self.policy.lm.get_output_embeddings()), None
-        )  # type: ignore[operator]
+        output = self.policy.lm.get_output_embeddings()
+        output_name = next((name for name, module in self.policy.lm.named_modules() if module is output), None)
         for name, parameter in self.policy.lm.named_parameters(remove_duplicate=False):
             if self._tied and name == f"{output_name}.weight":
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class TokenStats:
 class Policy(nn.Module):
     """Log-probs of response tokens, logits in chunks, the twin's KL beside them."""
 
+    lm: Any
+
     def __init__(self, lm: nn.Module, twins: list[TwinLinear], chunk_elements: int) -> None:
         """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`."""
         super().__init__()
@@ -51,7 +54,7 @@ class Policy(nn.Module):
         """
         hidden = self._hidden(input_ids, as_twin)[rows, columns]
         twin_hidden = self._hidden(input_ids, as_twin=True)[rows, columns] if with_twin_kl else None
-        chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))  # type: ignore[union-attr, arg-type]
+        chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))
         parts = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
@@ -64,11 +67,13 @@ class Policy(nn.Module):
 
     def _hidden(self, input_ids: Tensor, as_twin: bool) -> Tensor:
         with twin(self.twins if as_twin else []):
-            return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return, operator, union-attr]
+            hidden: Tensor = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
 
     def _logits(self, hidden: Tensor, temperature: float, as_twin: bool) -> Tensor:
         with twin(self.twins if as_twin else []):
-            return self.lm.get_output_embeddings()(hidden).float() / temperature  # type: ignore[no-any-return, operator]
+            logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
+        return logits if temperature == 1.0 else logits / temperature
 
     def _token_stats(
         self, hidden: Tensor, twin_hidden: Tensor | None, targets: Tensor, temperature: float, as_twin: bool
