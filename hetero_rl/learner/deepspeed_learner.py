@@ -263,9 +263,9 @@ class Learner:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
-        _, client_state = self._engine.load_checkpoint(str(folder), tag="learner")
-        if client_state is None:
+        if not (folder / "learner").is_dir():
             raise UsageError(f"checkpoint {folder} holds no learner state; resume from an older checkpoint")
+        _, client_state = self._engine.load_checkpoint(str(folder), tag="learner")
         self._skipped_in_a_row = int(client_state["skipped_in_a_row"])
         for layer in self.twins:
             layer.forget()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from hetero_rl.algorithm.signals import grey_box_kl
 from hetero_rl.learner.fake_quant import TwinLinear, twin
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStats:
+class TokenStats(NamedTuple):
     """Per response token: `logp` (with gradient), `entropy` (no gradient), `twin_kl` (with gradient; None if not asked), `greedy`.
 
     float32 [num_tokens] in nats, `greedy` int64 [num_tokens].
