@@ -1,0 +1,327 @@
+"""Any engine in a process of its own, so that its threads, affinity and memory are not the learner's.
+
+Parent and child exchange one JSON object per line over a socket pair; arrays travel as base64 of their bytes, so
+log-probs arrive bit for bit. stdout and stderr of the child go to a log file whose end is shown when it fails.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy_targets import errors
+from deploy_targets.catalog import open_engine_here
+from deploy_targets.errors import DeployTargetsError, EngineError, ListedError
+from deploy_targets.profile import TargetProfile
+from deploy_targets.protocols import Engine
+from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
+
+_LOG_LINES = 15
+_CLOSE_TIMEOUT_S = 5.0
+_FOREIGN_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
+"""Set by launchers of the learner; an engine that found them would join the learner's process group."""
+_ENGINE_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    "vllm": {
+        # vLLM's own binding reserves a core for its scheduler and pins the rest; on few cores all of them should compute.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+    },
+}
+
+
+def child_environment(profile: TargetProfile, environ: Mapping[str, str]) -> dict[str, str]:
+    """The child's environment: `environ` without the learner's ranks, plus threading defaults that `environ` may override.
+
+    Threads that wait at a barrier sleep instead of spinning (`OMP_WAIT_POLICY=passive`): spinning is up to a fifth
+    faster on an idle machine and several times slower as soon as another process wants the same cores.
+    """
+    environment = {key: value for key, value in environ.items() if key not in _FOREIGN_VARIABLES and not key.startswith("TORCHELASTIC_")}
+    num_threads = profile.engine.options.get("num_threads") or num_usable_cores()
+    defaults = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", **_ENGINE_DEFAULTS.get(profile.engine.name, {})}
+    # OMP_NUM_THREADS of the environment was meant for the learner: launchers set it to 1.
+    return {**defaults, **environment, "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+
+
+def num_usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ProcessEngine:
+    """An engine behind a socket; the errors of our tree that it raises arrive as the same classes."""
+
+    def __init__(
+        self,
+        profile: TargetProfile,
+        artifact_dir: Path,
+        weight_version: int,
+        *,
+        start_timeout_s: float = 900.0,
+        call_timeout_s: float = 3600.0,
+    ) -> None:
+        """Start the child and wait until it serves.
+
+        Raises what the engine's constructor raises, and `EngineError` when the child dies or takes longer than
+        `start_timeout_s`; `call_timeout_s` bounds every later call in the same way.
+        """
+        self.weight_version = weight_version
+        self._name = profile.engine.name
+        self._call_timeout_s = call_timeout_s
+        self._lock = threading.Lock()
+        self._folder = Path(tempfile.mkdtemp(prefix="deploy-targets-engine-"))
+        self._log = self._folder / "engine.log"
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        self._lines = ours.makefile("rb")
+        with open(self._log, "wb") as log, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "deploy_targets.engines.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=child_environment(profile, os.environ),
+                start_new_session=True,
+            )
+        self._open = True
+        atexit.register(self.close)
+        try:
+            start = {"profile": profile.model_dump(mode="json"), "artifact_dir": str(Path(artifact_dir).resolve()), "weight_version": weight_version}
+            self._ask("start", start, start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is also that of its process group."""
+        return self._process.pid
+
+    def update(self, weights: WeightFile) -> int:
+        """Have the child's engine load the file."""
+        self.weight_version = int(self._call("update", {"path": str(weights.path.resolve()), "weight_version": weights.weight_version}))
+        return self.weight_version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+        """Have the child's engine sample."""
+        given = [tuple(map(int, prompt)) for prompt in prompts]
+        return _unpack_generations(self._call("generate", {"prompts": given, "sampling": asdict(sampling)}), given)
+
+    def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
+        """Have the child's engine score."""
+        given = [([int(token) for token in sequence.tokens], sequence.prompt_len) for sequence in sequences]
+        return _unpack_scores(self._call("score", {"sequences": given, "temperature": temperature}))
+
+    def close(self) -> None:
+        """End the child and everything it started: politely at first, by force after a few seconds."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.close)
+        # The child leaves its loop at the end of the stream.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _call(self, call: str, arguments: Mapping[str, Any]) -> Any:
+        if not self._open:
+            raise EngineError(f"this {self._name} engine is closed")
+        return self._ask(call, arguments, self._call_timeout_s)
+
+    def _ask(self, call: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+        with self._lock:
+            self._socket.settimeout(timeout_s)
+            try:
+                self._socket.sendall(json.dumps({"call": call, **arguments}).encode() + b"\n")
+                line = self._lines.readline()
+            except TimeoutError:
+                failure = self._failure(f"did not answer {call!r} within {timeout_s:g} s")
+                self.close()
+                raise failure from None
+            except BrokenPipeError:
+                line = b""
+            except ConnectionResetError:
+                line = b""
+            except BaseException:
+                # Interrupted between a question and its answer: the next answer would be that of another question.
+                self.close()
+                raise
+        if not line.endswith(b"\n"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_CLOSE_TIMEOUT_S)
+            failure = self._failure(f"died during {call!r} ({_describe_exit(self._process.returncode)})")
+            self.close()
+            raise failure
+        answer = json.loads(line)
+        if "error" in answer:
+            raise self._rebuild(answer["error"], call)
+        return answer["result"]
+
+    def _rebuild(self, error: Mapping[str, Any], call: str) -> DeployTargetsError:
+        error_class = getattr(errors, error["class"], None)
+        if not (isinstance(error_class, type) and issubclass(error_class, DeployTargetsError)):
+            return self._failure(f"raised {error['class']} in {call!r}: {error['message']}")
+        # Constructors build messages from their arguments; this message is already built.
+        rebuilt = error_class.__new__(error_class)
+        rebuilt.args = (error["message"],)
+        if isinstance(rebuilt, ListedError):
+            rebuilt.offenders = tuple(error["offenders"])
+        if error_class is EngineError:
+            rebuilt.args = (error["message"] + self._log_tail(),)
+        return rebuilt
+
+    def _failure(self, what: str) -> EngineError:
+        return EngineError(f"the process of engine {self._name!r} {what}.{self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = self._log.read_text("utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+            if lines:
+                return "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines)
+        return " It printed nothing."
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "still running, but silent"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _encode(array: NDArray[Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode("ascii")
+
+
+def _decode(text: str, dtype: str, lengths: Sequence[int]) -> list[NDArray[Any]]:
+    flat = np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
+    return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
+
+
+def _pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
+    return {
+        "lengths": [len(generation.tokens) for generation in generations],
+        "tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
+        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(generation.logps for generation in generations)]).astype("<f4")),
+        "about": [[g.weight_version, g.temperature, g.finish_reason] for g in generations],
+    }
+
+
+def _unpack_generations(packed: Mapping[str, Any], prompts: Sequence[tuple[int, ...]]) -> list[Generation]:
+    tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
+    logps = _decode(packed["logps"], "<f4", packed["lengths"])
+    return [Generation(*parts, *about) for *parts, about in zip(prompts, tokens, logps, packed["about"], strict=True)]
+
+
+def _pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
+    return {
+        "lengths": [len(score.logps) for score in scores],
+        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(score.logps for score in scores)]).astype("<f4")),
+        "greedy_tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(score.greedy_tokens for score in scores)]).astype("<i4")),
+        "about": [[score.weight_version, score.temperature] for score in scores],
+    }
+
+
+def _unpack_scores(packed: Mapping[str, Any]) -> list[TokenScores]:
+    logps = _decode(packed["logps"], "<f4", packed["lengths"])
+    greedy_tokens = _decode(packed["greedy_tokens"], "<i4", packed["lengths"])
+    return [TokenScores(*parts, *about) for *parts, about in zip(logps, greedy_tokens, packed["about"], strict=True)]
+
+
+def _serve(connection: socket.socket) -> None:
+    """The child's loop: the first call opens the engine, the end of the stream closes it."""
+    engine: Engine | None = None
+    with connection.makefile("rb") as lines:
+        for line in lines:
+            request = json.loads(line)
+            try:
+                if request["call"] == "start":
+                    profile = TargetProfile.model_validate(request["profile"])
+                    engine = open_engine_here(profile, Path(request["artifact_dir"]), request["weight_version"])
+                    answer: dict[str, Any] = {"result": None}
+                else:
+                    assert engine is not None, "the first call opens the engine"
+                    answer = {"result": _answer(engine, request)}
+            except Exception as error:
+                traceback.print_exc()
+                answer = {"error": {"class": type(error).__name__, "message": str(error), "offenders": getattr(error, "offenders", ())}}
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+    if engine is not None:
+        engine.close()
+
+
+def _answer(engine: Engine, request: Mapping[str, Any]) -> Any:
+    if request["call"] == "update":
+        return engine.update(WeightFile(Path(request["path"]), request["weight_version"]))
+    if request["call"] == "generate":
+        sampling = request["sampling"]
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        return _pack_generations(engine.generate(request["prompts"], Sampling(**sampling)))
+    sequences = [TokenSequence(tuple(tokens), prompt_len) for tokens, prompt_len in request["sequences"]]
+    return _pack_scores(engine.score(sequences, request["temperature"]))
+
+
+def _die_with_parent(connection: socket.socket) -> None:
+    """Kill this process group once the parent's end of the socket is gone and the main thread did not notice.
+
+    PR_SET_PDEATHSIG would kill the child as soon as the *thread* that started it ends
+    (https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html), so the socket is watched instead.
+    """
+    poll = select.poll()
+    poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+    poll.poll()
+    time.sleep(_CLOSE_TIMEOUT_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _main() -> None:
+    # Ctrl-C reaches the parent, which closes the child in its own time.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=_die_with_parent, args=[connection], daemon=True).start()
+    _serve(connection)
+    sys.stdout.flush()
+    # Not sys.exit: interpreters with runtime threads of vLLM or onnxruntime may crash or hang while they unload.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main()
