@@ -119,7 +119,11 @@ class ProcessEngine:
         self._open = True
         atexit.register(self.close)
         try:
-            start = {"profile": profile.model_dump(mode="json"), "artifact_dir": str(Path(artifact_dir).resolve()), "weight_version": weight_version}
+            start = {
+                "profile": profile.model_dump(mode="json"),
+                "artifact_dir": str(Path(artifact_dir).resolve()),
+                "weight_version": weight_version,
+            }
             self._ask("start", start, start_timeout_s)
         except BaseException:
             self.close()
@@ -248,7 +252,12 @@ def _pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
 def _unpack_generations(packed: Mapping[str, Any], prompts: Sequence[tuple[int, ...]]) -> list[Generation]:
     tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
     logps = _decode(packed["logps"], "<f4", packed["lengths"])
-    return [Generation(*parts, *about) for *parts, about in zip(prompts, tokens, logps, packed["about"], strict=True)]
+    return [
+        Generation(prompt, token_ids, token_logps, weight_version, temperature, finish_reason)
+        for prompt, token_ids, token_logps, (weight_version, temperature, finish_reason) in zip(
+            prompts, tokens, logps, packed["about"], strict=True
+        )
+    ]
 
 
 def _pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
@@ -263,7 +272,10 @@ def _pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
 def _unpack_scores(packed: Mapping[str, Any]) -> list[TokenScores]:
     logps = _decode(packed["logps"], "<f4", packed["lengths"])
     greedy_tokens = _decode(packed["greedy_tokens"], "<i4", packed["lengths"])
-    return [TokenScores(*parts, *about) for *parts, about in zip(logps, greedy_tokens, packed["about"], strict=True)]
+    return [
+        TokenScores(token_logps, greedy, weight_version, temperature)
+        for token_logps, greedy, (weight_version, temperature) in zip(logps, greedy_tokens, packed["about"], strict=True)
+    ]
 
 
 def _serve(connection: socket.socket) -> None:

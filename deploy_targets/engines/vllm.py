@@ -19,7 +19,15 @@ import vllm
 from pydantic import Field
 from safetensors import safe_open
 
-from deploy_targets.engines.requests import EngineOptions, check_layout, check_prompts, check_sequences, parse_options, read_layout, read_limits
+from deploy_targets.engines.requests import (
+    EngineOptions,
+    check_layout,
+    check_prompts,
+    check_sequences,
+    parse_options,
+    read_layout,
+    read_limits,
+)
 from deploy_targets.errors import EngineError, UsageError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
@@ -167,11 +175,13 @@ class VllmEngine:
         check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
         if temperature != 1 and self._vocab_size > self._options.max_logprobs:
             raise UsageError(
-                f"vLLM's prompt log-probs ignore the temperature; scoring at {temperature} needs all {self._vocab_size} log-probs of every "
-                f"token, but the option max_logprobs is {self._options.max_logprobs}. Score at temperature 1 or raise engine.options.max_logprobs"
+                f"vLLM's prompt log-probs ignore the temperature; scoring at {temperature} needs all {self._vocab_size} log-probs of "
+                f"every token, but engine.options.max_logprobs is {self._options.max_logprobs}. Score at temperature 1 or raise it"
             )
         num_top = 1 if temperature == 1 else self._vocab_size
-        params = vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False, ignore_eos=True)
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False, ignore_eos=True
+        )
         outputs = self._run(llm, [sequence.tokens for sequence in sequences], params)
         llm.reset_prefix_cache()
         return [self._scores(sequence, output.prompt_logprobs, temperature) for sequence, output in zip(sequences, outputs, strict=True)]
@@ -182,12 +192,13 @@ class VllmEngine:
         num_scored = len(sequence.tokens) - sequence.prompt_len
         logps = np.array(flat.logprobs[begin:], dtype=np.float32).reshape(num_scored, -1)
         token_ids = np.array(flat.token_ids[begin:], dtype=np.int32).reshape(num_scored, -1)
+        given_logps = logps[:, 0].copy()
         if temperature != 1:
-            logps = logps.astype(np.float64) / temperature
-            top = logps[:, 1:2]
-            logps = logps - (top + np.log(np.exp(logps[:, 1:] - top).sum(axis=1, keepdims=True)))
+            scaled = logps.astype(np.float64) / temperature
+            top = scaled[:, 1]
+            given_logps = (scaled[:, 0] - top - np.log(np.exp(scaled[:, 1:] - top[:, None]).sum(axis=1))).astype(np.float32)
         return TokenScores(
-            logps=logps[:, 0].astype(np.float32),
+            logps=given_logps,
             greedy_tokens=token_ids[:, 1].copy(),
             weight_version=self.weight_version,
             temperature=temperature,

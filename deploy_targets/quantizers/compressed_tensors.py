@@ -86,7 +86,7 @@ class CompressedTensorsQuantizer:
             quantized = [name for name in parts if self.quantizes(name)]
             if quantized and len(quantized) < len(parts):
                 kept = ", ".join(name for name in parts if name not in quantized)
-                found.append(f"{fused_name}: vLLM runs {len(parts)} layers as one, but scheme.ignore keeps only some in high precision: {kept}")
+                found.append(f"{fused_name}: vLLM runs {len(parts)} layers as one, but scheme.ignore keeps only some of them: {kept}")
             out_size = sum(shapes[name][0] for name in quantized)
             if out_size % _CPU_TILE:
                 found.append(f"{fused_name}: the joint output size {out_size} of {', '.join(quantized)} is no multiple of {_CPU_TILE}")

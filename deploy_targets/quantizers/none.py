@@ -24,7 +24,7 @@ class NoQuantizer:
         """Raise `ProfileError` for a scheme that asks for something this quantizer would ignore."""
         asked = [f"scheme.{key}: {value!r} has no effect without quantization" for key, value in _quantizing_keys(scheme)]
         if asked:
-            raise ProfileError("the quantizer 'none' cannot do what the scheme says", asked, "remove these keys or choose another quantizer")
+            raise ProfileError("the quantizer 'none' cannot make this scheme", asked, "remove these keys or choose another quantizer")
         self._model_config = model_config
 
     def offenders(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

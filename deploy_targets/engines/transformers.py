@@ -1,0 +1,189 @@
+"""The high-fidelity reference: a Hugging Face model run by transformers in eager PyTorch, no quantization."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from pydantic import Field
+from safetensors.torch import load_file
+
+from deploy_targets.engines.requests import (
+    EngineOptions,
+    check_layout,
+    check_prompts,
+    check_sequences,
+    parse_options,
+    read_layout,
+    read_limits,
+)
+from deploy_targets.errors import EngineError
+from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+
+
+class TransformersOptions(EngineOptions):
+    """The `[engine.options]` of a transformers target."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of weights and activations; logits are turned into log-probs in float32."""
+    device: str = "auto"
+    """`auto` (the first GPU when there is one, else the CPU), or a device as PyTorch names it."""
+    score_batch_size: int = Field(32, ge=1)
+    """Sequences scored in one forward pass; bounds the memory for logits."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads when hosted in a process of its own; None takes every core that the process may use."""
+
+
+class TransformersEngine:
+    """Batched sampling with a KV cache; prompts are padded on the left, so that all rows end in the same column."""
+
+    def __init__(self, artifact_dir: Path, options: Mapping[str, Any], weight_version: int) -> None:
+        """Load the folder. Raises `ProfileError` for wrong options and `EngineError` when it cannot be loaded."""
+        self._options = parse_options(TransformersOptions, options, "transformers")
+        self._max_model_len, self._vocab_size = read_limits(artifact_dir, self._options.max_model_len)
+        self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
+        self.weight_version = weight_version
+        device = self._options.device
+        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        try:
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                str(artifact_dir),
+                dtype=getattr(torch, self._options.dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            ).to(self._device)
+        except Exception as error:
+            raise EngineError(
+                f"transformers {transformers.__version__} cannot load {artifact_dir}: {type(error).__name__}: {error}"
+            ) from error
+        self._model.eval()
+        self._parameters = self._named_parameters()
+
+    def _named_parameters(self) -> dict[str, torch.Tensor]:
+        """The parameter behind every name in the weights file; a file that transformers renames while loading is refused."""
+        state = self._model.state_dict(keep_vars=True)
+        unknown = [name for name in self._layout if name not in state]
+        if unknown:
+            raise EngineError(
+                f"transformers holds these tensors under other names or in other shapes, so they cannot be updated in place: "
+                f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}. Use a model family that is stored as it is run"
+            )
+        return {name: state[name] for name in self._layout}
+
+    def update(self, weights: WeightFile) -> int:
+        """Copy the file into the model's parameters; names, shapes and dtypes are checked before."""
+        self._open_model()
+        check_layout(self._layout, weights.path)
+        with torch.no_grad():
+            for name, tensor in load_file(weights.path).items():
+                self._parameters[name].copy_(tensor)
+        self.weight_version = weights.weight_version
+        return self.weight_version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+        """Sample all prompts in one batch, from one generator made of the seed; equal prompts are computed once."""
+        model = self._open_model()
+        check_prompts(prompts, sampling, self._max_model_len, self._vocab_size)
+        if not prompts:
+            return []
+        distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=self._device)
+
+        width = max(map(len, distinct))
+        tokens = torch.zeros(len(distinct), width, dtype=torch.long, device=self._device)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(distinct):
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        cache.batch_select_indices(rows)
+        logits, mask, positions = output.logits[rows, -1], mask[rows], positions[rows, -1:]
+
+        generator = torch.Generator(self._device).manual_seed(sampling.seed)
+        stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self._device)
+        alive = torch.arange(len(prompts), device=self._device)
+        """The prompts that the rows of the batch belong to; finished ones leave the batch."""
+        sampled = torch.zeros(len(prompts), sampling.max_tokens, dtype=torch.long, device=self._device)
+        logps = torch.zeros(len(prompts), sampling.max_tokens, device=self._device)
+        lengths = torch.full([len(prompts)], sampling.max_tokens, device=self._device)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
+        for step in range(sampling.max_tokens):
+            log_probs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
+            if sampling.temperature == 0:
+                chosen = log_probs.argmax(dim=-1, keepdim=True)
+            else:
+                chosen = torch.multinomial(log_probs.exp(), 1, generator=generator)
+            sampled[alive, step] = chosen[:, 0]
+            logps[alive, step] = log_probs.gather(1, chosen)[:, 0]
+            ended = torch.isin(chosen[:, 0], stops)
+            stopped[alive[ended]] = True
+            lengths[alive[ended]] = step + 1
+            if step + 1 == sampling.max_tokens or bool(ended.all()):
+                break
+            if bool(ended.any()):
+                kept = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                alive, chosen, mask, positions = alive[kept], chosen[kept], mask[kept], positions[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions + 1
+            output = model(input_ids=chosen, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            logits = output.logits[:, -1]
+        return [
+            Generation(
+                prompt=tuple(prompt),
+                tokens=sampled[row, :length].cpu().numpy().astype(np.int32),
+                logps=logps[row, :length].cpu().numpy().astype(np.float32),
+                weight_version=self.weight_version,
+                temperature=sampling.temperature,
+                finish_reason="stop" if was_stopped else "length",
+            )
+            for row, (prompt, length, was_stopped) in enumerate(zip(prompts, lengths.tolist(), stopped.tolist(), strict=True))
+        ]
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
+        """Teacher forcing, padded on the right (causal attention never sees the padding), a few sequences at a time."""
+        model = self._open_model()
+        check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
+        scores = []
+        for begin in range(0, len(sequences), self._options.score_batch_size):
+            batch = sequences[begin : begin + self._options.score_batch_size]
+            width = max(len(sequence.tokens) for sequence in batch)
+            tokens = torch.zeros(len(batch), width, dtype=torch.long, device=self._device)
+            for row, sequence in enumerate(batch):
+                tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            for row, sequence in enumerate(batch):
+                places = slice(sequence.prompt_len - 1, len(sequence.tokens) - 1)
+                log_probs = torch.log_softmax(logits[row, places].float() / temperature, dim=-1)
+                given = tokens[row, sequence.prompt_len : len(sequence.tokens)]
+                scores.append(
+                    TokenScores(
+                        logps=log_probs.gather(1, given[:, None])[:, 0].cpu().numpy(),
+                        greedy_tokens=log_probs.argmax(dim=-1).cpu().numpy().astype(np.int32),
+                        weight_version=self.weight_version,
+                        temperature=temperature,
+                    )
+                )
+        return scores
+
+    def _open_model(self) -> Any:
+        if self._model is None:
+            raise EngineError("this transformers engine is closed")
+        return self._model
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        self._parameters = {}
+        gc.collect()
