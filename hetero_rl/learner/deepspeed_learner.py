@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -279,7 +281,15 @@ def load_causal_lm(model_dir: Path) -> Any:
     """A transformers causal LM in bf16 from a local folder; safetensors only, no code from the model is run."""
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True)
+    from hetero_rl.learner import attention
+
+    lm = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa" if torch.cuda.is_available() else attention.register(),
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the learner's log-probs must be a function of the weights alone
@@ -295,11 +305,14 @@ def _up_to_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
 
 def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
     _single_process_environment()
+    on_cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    on_cuda = torch.cuda.is_available()
-    deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
 
     def schedule(step: int) -> float:
         if step < config.warmup_steps:

@@ -17,6 +17,7 @@ from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuanti
 from deploy_targets.types import TokenSequence
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
+from hetero_rl.learner.attention import short_causal_attention
 from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.deepspeed_learner import Learner, load_causal_lm
 from hetero_rl.learner.fake_quant import add_twin, twin
@@ -240,3 +241,20 @@ def test_greedy_responses_are_the_argmax(make_learner: MakeLearner) -> None:
 def test_missing_checkpoint(make_learner: MakeLearner, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no learner state"):
         make_learner().load(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_short_attention_is_attention(length: int, num_kv_heads: int) -> None:
+    """Value and gradients against torch's own, in fp32."""
+    torch.manual_seed(0)
+    shapes = [(3, 4, length, 8), (3, num_kv_heads, length, 8), (3, num_kv_heads, length, 8)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [tensor.detach().clone().requires_grad_(True) for tensor in ours]
+    out, _ = short_causal_attention(torch.nn.Module(), *ours, attention_mask=None)
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs, is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-5)
+    out.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-4)
