@@ -22,7 +22,7 @@ def tiny_model(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 32,
-    max_position_embeddings: int = 256,
+    max_position_embeddings: int = 512,
     tied: bool = False,
     seed: int = 0,
     weight_std: float = 0.05,

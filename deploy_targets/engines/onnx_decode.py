@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from deploy_targets.engines.onnx_graph import Graph
 from deploy_targets.types import Sampling
 
+_FIRST_ROOM = 64
+"""Response tokens that the cache first has room for; it doubles for the rows that need more, which are often few."""
+
 
 @dataclass(slots=True)
 class Draws:
@@ -36,24 +39,25 @@ def pick_tokens(
     gives its log-prob at temperature 1. A row with a non-finite logit gets a NaN log-prob.
     """
     rows = np.arange(len(logits))
-    logits -= logits.max(axis=1, keepdims=True)
-    if temperature not in (0, 1):
-        logits /= temperature
-    cumulative = np.cumsum(np.exp(logits), axis=1, dtype=np.float64)
-    totals = cumulative[:, -1].copy()
-    if temperature == 0:
-        tokens = logits.argmax(axis=1)
-    else:
-        cumulative[:, -1] = np.inf  # uniform * total may round up to the total
-        tokens = (cumulative > (uniforms * totals)[:, None]).argmax(axis=1)
-    return tokens, (logits[rows, tokens] - np.log(totals)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        logits -= logits.max(axis=1, keepdims=True)
+        if temperature not in (0, 1):
+            logits /= temperature
+        cumulative = np.cumsum(np.exp(logits), axis=1, dtype=np.float64)
+        totals = cumulative[:, -1].copy()
+        if temperature == 0:
+            tokens = logits.argmax(axis=1)
+        else:
+            cumulative[:, -1] = np.inf  # uniform * total may round up to the total
+            tokens = (cumulative > (uniforms * totals)[:, None]).argmax(axis=1)
+        return tokens, (logits[rows, tokens] - np.log(totals)).astype(np.float32)
 
 
 class _Loop:
-    """Preallocated inputs and outputs of the single-token step; the first `num_live` rows are served.
+    """Inputs and outputs of the single-token step, whose first rows are the live ones.
 
-    Past and present are bound to the same memory, so GroupQueryAttention appends in place. The attention mask has its
-    final width from the start: the operator takes each row's length from its sum, and a step that changes no shape binds
+    Past and present are bound to the same memory, so GroupQueryAttention appends in place. The attention mask is as wide
+    as the cache from the start: the operator takes each row's length from its sum, and a step that changes no shape binds
     nothing anew.
     """
 
@@ -61,10 +65,19 @@ class _Loop:
         self.graph, self.session = graph, session
         self.run_options = ort.RunOptions()
         self.ids = np.zeros((num_rows, 1), np.int64)
-        self.mask = np.zeros((num_rows, width), np.int64)
         self.logits = np.empty((num_rows, 1, graph.vocab_size), np.float32)
+        self.mask = np.zeros((num_rows, width), np.int64)
         self.cache = [np.zeros((num_rows, graph.num_kv_heads, width, graph.head_dim), np.float32) for _ in graph.past_names]
         self.binding: Any = None
+        self.num_bound = -1
+
+    def widen(self, num_live: int, width: int) -> None:
+        """Make room for `width` positions in the live rows, and give back the rows of the finished ones."""
+        used = self.mask.shape[1]
+        self.mask = np.pad(self.mask[:num_live], ((0, 0), (0, width - used)))
+        for i, narrow in enumerate(self.cache):
+            self.cache[i] = np.zeros((num_live, *narrow.shape[1:2], width, narrow.shape[3]), np.float32)
+            self.cache[i][:, :, :used] = narrow[:num_live]
         self.num_bound = -1
 
     def move(self, holes: NDArray[np.int64], movers: NDArray[np.int64], used: int) -> None:
@@ -114,7 +127,8 @@ def sample_batch(
         np.zeros((num_rows, sampling.max_tokens), np.float32),
         np.zeros(num_rows, np.int64),
     )
-    loop = _Loop(graph, session, num_rows, int((lengths + budgets).max()))
+    widest, longest = int((lengths + budgets).max()), int(lengths.max())
+    loop = _Loop(graph, session, num_rows, min(widest, longest + _FIRST_ROOM))
     logits = _fill(loop, prompts, lengths, prefill_tokens)
     stops = np.array(sampling.stop_token_ids, np.int64)
     rows = np.arange(num_rows)  # which prompt each live row of the loop serves
@@ -135,6 +149,8 @@ def sample_batch(
                 column[holes] = column[movers]
             rows, lengths, tokens = rows[:num_live], lengths[:num_live], tokens[:num_live]
         loop.ids[: len(rows), 0] = tokens
+        if lengths.max() == loop.mask.shape[1]:
+            loop.widen(len(rows), min(widest, 2 * int(lengths.max())))
         loop.mask[np.arange(len(rows)), lengths] = 1
         lengths += 1
         logits = loop.step(len(rows))

@@ -138,9 +138,10 @@ class OnnxRuntimeEngine:
         responses = np.asarray(sequence.tokens[sequence.prompt_len :])
         scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1]
         greedy = scaled.argmax(axis=1).astype(np.int32)
-        scaled = (scaled - scaled.max(axis=1, keepdims=True)) / (temperature or 1.0)
-        totals = np.exp(scaled).sum(axis=1, dtype=np.float64)
-        logps = scaled[np.arange(len(responses)), responses] - np.log(totals)
+        with np.errstate(invalid="ignore"):  # a non-finite logit becomes a NaN log-prob
+            scaled = (scaled - scaled.max(axis=1, keepdims=True)) / (temperature or 1.0)
+            totals = np.exp(scaled).sum(axis=1, dtype=np.float64)
+            logps = scaled[np.arange(len(responses)), responses] - np.log(totals)
         return TokenScores(logps.astype(np.float32), greedy, self.weight_version, temperature)
 
     def _tokens_per_pass(self) -> int:

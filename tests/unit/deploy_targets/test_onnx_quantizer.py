@@ -1,0 +1,215 @@
+"""The MatMulNBits quantizer against the model builder that everyone deploys with, and against ONNX Runtime's own kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from deploy_targets.errors import EngineError, PreflightError, WeightsError
+from deploy_targets.quantizers.onnx_matmulnbits import dequantize_blocks, pack_blocks, quantize_blocks
+from deploy_targets.types import WEIGHTS_FILE
+from deploy_targets.weights_file import tensor_layout, write_weights
+from tests.conftest import TinyModels
+from tests.onnx_artifacts import builder_initializers, checkpoint, quantizer
+
+HEAD_NODES = "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+VARIANTS: list[Any] = [
+    pytest.param("qwen3", {}, {"group_size": 32}, ["block_size=32"], id="qwen3"),
+    pytest.param("qwen3", {"tied": True}, {"group_size": 64}, ["block_size=64"], id="qwen3-tied"),
+    pytest.param("qwen2", {}, {"group_size": 32}, ["block_size=32"], id="qwen2-biases"),
+    pytest.param("llama", {}, {"group_size": 128}, ["block_size=128"], id="llama"),
+    pytest.param(
+        "qwen3",
+        {"tied": True},
+        {"ignore": ("lm_head", r"re:.*layers\.0\.self_attn\.[qkv]_proj", "model.layers.1.mlp.down_proj")},
+        [HEAD_NODES + ",/model/layers.0/attn/qkv_proj/MatMul,/model/layers.1/mlp/down_proj/MatMul"],
+        id="ignored-modules",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "model_options", "scheme_options", "builder_options"), VARIANTS)
+def test_initializers_are_the_builders_bit_for_bit(
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    family: str,
+    model_options: dict[str, Any],
+    scheme_options: dict[str, Any],
+    builder_options: list[str],
+) -> None:
+    model_dir = tiny_models(family, **model_options)
+    wanted = builder_initializers(model_dir, tmp_path / "built", *builder_options)
+    found = {name: tensor.numpy() for name, tensor in quantizer(model_dir, **scheme_options).quantize(checkpoint(model_dir).items())}
+    assert sorted(found) == sorted(wanted)
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_and_scales_equal_mlas(group_size: int, dtype: torch.dtype) -> None:
+    """Ties, zeros, constants, blocks of one sign and tiny magnitudes included."""
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+
+    weight = (torch.randn(64, 512, generator=torch.Generator().manual_seed(group_size)) * 0.05).to(dtype)
+    weight[0], weight[1], weight[2], weight[3] = 0, 1, -1, weight[3].abs()
+    weight[4, ::2], weight[4, 1::2] = 1, -1
+    weight[5] *= 1e-30
+    weight[6] = torch.arange(512) % 17 - 8
+    packed = np.zeros((64, 512 // group_size, group_size // 2), np.uint8)
+    scales = np.zeros((64, 512 // group_size), np.float32)
+    zeros = np.zeros((64, (512 // group_size + 1) // 2), np.uint8)
+    quantize_matmul_4bits(packed, np.ascontiguousarray(weight.float().numpy().T), scales, zeros, group_size, 64, 512, True)
+    codes, own_scales = quantize_blocks(weight, group_size)
+    assert own_scales.numpy().tobytes() == scales.tobytes()
+    assert pack_blocks(codes).numpy().tobytes() == packed.tobytes()
+
+
+def test_dequantized_is_what_the_runtime_computes_with(tmp_path: Path) -> None:
+    """ONNX Runtime itself unpacks the bytes, through GatherBlockQuantized, which MatMulNBits shares its layout with."""
+    from onnx import TensorProto, helper
+
+    codes, scales = quantize_blocks(torch.randn(48, 128, generator=torch.Generator().manual_seed(1)).bfloat16(), 32)
+    node = helper.make_node(
+        "GatherBlockQuantized", ["data", "rows", "scales"], ["out"], domain="com.microsoft", bits=4, block_size=32, quantize_axis=1
+    )
+    inputs = [("data", TensorProto.UINT8, [48, 64]), ("rows", TensorProto.INT64, [48]), ("scales", TensorProto.FLOAT, [48, 4])]
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info(*i) for i in inputs],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [48, 128])],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    session = ort.InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    feed = {"data": pack_blocks(codes).flatten(1).numpy(), "rows": np.arange(48), "scales": scales.numpy()}
+    (unpacked,) = session.run(None, feed)
+    np.testing.assert_array_equal(dequantize_blocks(codes, scales).numpy(), unpacked)
+
+
+def test_dequantized_keeps_shape_and_dtype_and_spares_what_is_not_quantized(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models("qwen3")
+    weights, maker = checkpoint(model_dir), quantizer(model_dir)
+    linear = weights["model.layers.0.mlp.up_proj.weight"]
+    rounded = maker.dequantized("model.layers.0.mlp.up_proj.weight", linear)
+    assert (rounded.dtype, rounded.shape) == (linear.dtype, linear.shape)
+    assert not torch.equal(rounded, linear)
+    step = linear.float().abs().reshape(len(linear), -1, 32).amax(-1, keepdim=True) / 8
+    # Half a step, a whole one where the code for +8 is missing, and bfloat16's own rounding.
+    assert ((rounded.float() - linear.float()).abs().reshape(len(linear), -1, 32) <= 1.05 * step).all()
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_norm.weight"):
+        assert not maker.quantizes(name)
+        assert maker.dequantized(name, weights[name]) is weights[name]
+
+
+def test_a_tied_embedding_is_quantized_with_the_head(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models("qwen3", tied=True)
+    assert quantizer(model_dir).quantizes("model.embed_tokens.weight")
+    assert not quantizer(model_dir, ignore=("lm_head",)).quantizes("model.embed_tokens.weight")
+
+
+def test_streaming_is_deterministic_and_order_of_the_packed_parts_does_not_matter(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models("qwen2")
+    weights = checkpoint(model_dir)
+    forward = dict(quantizer(model_dir).quantize(weights.items()))
+    backward = dict(quantizer(model_dir).quantize(reversed(weights.items())))
+    assert forward.keys() == backward.keys()
+    assert all(torch.equal(forward[name], backward[name]) for name in forward)
+
+
+def test_offenders_lists_every_tensor_that_does_not_fit(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models("qwen3")
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint(model_dir).items()}
+    assert quantizer(model_dir).offenders(shapes) == []
+    shapes["model.layers.0.mlp.up_proj.weight"] = (256, 100)
+    shapes["model.layers.1.self_attn.o_proj.weight"] = (128, 90)
+    shapes["model.layers.1.mlp.experts.0.up_proj.weight"] = (128, 64)
+    lines = quantizer(model_dir, ignore=("model.layers.0.self_attn.q_proj", "lm_hed")).offenders(shapes)
+    assert {line.split(":")[0] for line in lines} == {
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.mlp.experts.0.up_proj.weight",
+        "scheme.ignore 'lm_hed'",
+        "model.layers.0.self_attn",
+    }
+    assert len(lines) == 5
+    assert "input size 100 is not a multiple of group_size 32" in lines[0]
+
+
+def test_an_unsupported_model_or_scheme_is_refused_with_every_reason(tiny_models: TinyModels) -> None:
+    from deploy_targets.profile import SchemeSpec
+    from deploy_targets.quantizers.onnx_matmulnbits import OnnxMatMulNBitsQuantizer
+
+    scheme = SchemeSpec(quantizer="onnx-matmulnbits", name="W8A16", bits=8, group_size=48, symmetric=False)
+    with pytest.raises(PreflightError) as caught:
+        OnnxMatMulNBitsQuantizer(scheme, {"model_type": "gemma3", "use_sliding_window": True})
+    assert len(caught.value.offenders) == 6
+
+
+def test_missing_packed_parts_and_unknown_tensors_are_errors(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models("qwen3")
+    weights = checkpoint(model_dir)
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(WeightsError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight"):
+        list(quantizer(model_dir).quantize(weights.items()))
+    with pytest.raises(WeightsError, match="visual"):
+        list(quantizer(model_dir).quantize([("visual.weight", torch.zeros(2, 2))]))
+
+
+def test_a_non_finite_weight_never_reaches_the_file(tiny_models: TinyModels, tmp_path: Path) -> None:
+    model_dir = tiny_models("qwen3")
+    for bad in (torch.nan, torch.inf):
+        weights = checkpoint(model_dir)
+        weights["model.layers.1.mlp.down_proj.weight"][5, 7] = bad
+        with pytest.raises(WeightsError, match=r"model\.layers\.1\.mlp\.down_proj"):
+            write_weights(tmp_path / WEIGHTS_FILE, quantizer(model_dir).quantize(weights.items()), 200)
+
+
+def test_the_graph_points_into_the_weights_file_and_needs_no_other(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """Built from a folder without weights, as a run does when the learner holds them."""
+    import shutil
+
+    import onnx
+
+    model_dir = tiny_models("llama")
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    out = tmp_path / "out"
+    out.mkdir()
+    maker = quantizer(model_dir)
+    write_weights(out / WEIGHTS_FILE, maker.quantize(checkpoint(model_dir).items()), 200)
+    maker.scaffold(bare, out)
+    assert {file.name for file in out.iterdir()} >= {"model.onnx", WEIGHTS_FILE, "genai_config.json", "tokenizer.json"}
+    assert not list(out.glob("*.data"))
+    layout = tensor_layout(out / WEIGHTS_FILE)
+    outside = [t for t in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer if t.external_data]
+    assert {t.name for t in outside} == set(layout)
+    for tensor in outside:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert place == {"location": WEIGHTS_FILE, "offset": str(layout[tensor.name][2]), "length": str(layout[tensor.name][3])}
+
+
+def test_a_failing_builder_reports_its_last_lines(tiny_models: TinyModels, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_models("qwen3"), broken)
+    (broken / "config.json").write_text('{"model_type": "qwen3", "architectures": ["NobodyForCausalLM"]}')
+    maker = quantizer(tiny_models("qwen3"))
+    write_weights(tmp_path / WEIGHTS_FILE, maker.quantize(checkpoint(tiny_models("qwen3")).items()), 200)
+    with pytest.raises(EngineError, match=r"builder failed with exit code 1.*\n.*"):
+        maker.scaffold(broken, tmp_path)
+
+
+def test_a_weights_file_of_another_scheme_does_not_pass_as_this_one(tiny_models: TinyModels, tmp_path: Path) -> None:
+    model_dir = tiny_models("qwen3")
+    write_weights(tmp_path / WEIGHTS_FILE, quantizer(model_dir, group_size=32).quantize(checkpoint(model_dir).items()), 200)
+    with pytest.raises(EngineError, match=r"up_proj\.MatMul\.weight_scales"):
+        quantizer(model_dir, group_size=64).scaffold(model_dir, tmp_path)
