@@ -24,11 +24,11 @@ from pydantic import Field
 from deploy_targets.engines.requests import (
     EngineOptions,
     check_layout,
-    check_prompts,
     check_sequences,
     parse_options,
     read_layout,
     read_limits,
+    response_limits,
 )
 from deploy_targets.errors import EngineError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -105,15 +105,15 @@ class FakeEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Sample each prompt with a generator of its own, made from (seed, index)."""
         self._check_open()
-        check_prompts(prompts, sampling, self._max_model_len, self._vocab_size)
-        return [self._generate_one(tuple(prompt), sampling, index) for index, prompt in enumerate(prompts)]
+        limits = response_limits(prompts, sampling.max_tokens, self._max_model_len, self._vocab_size)
+        return [self._generate_one(tuple(prompt), sampling, limits[index], index) for index, prompt in enumerate(prompts)]
 
-    def _generate_one(self, prompt: tuple[int, ...], sampling: Sampling, index: int) -> Generation:
+    def _generate_one(self, prompt: tuple[int, ...], sampling: Sampling, limit: int, index: int) -> Generation:
         generator = np.random.default_rng([sampling.seed & 0xFFFFFFFF, index])
         state = self._state(prompt)
         tokens: list[int] = []
         logps: list[float] = []
-        while len(tokens) < sampling.max_tokens and (not tokens or tokens[-1] not in sampling.stop_token_ids):
+        while len(tokens) < limit and (not tokens or tokens[-1] not in sampling.stop_token_ids):
             log_probs = self._log_probs(state, sampling.temperature or 1.0)
             uniform = generator.random()
             greedy = sampling.temperature == 0

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy_targets.errors import ArtifactError, EngineError, ProfileError, UsageError
 from deploy_targets.profile import validation_lines
-from deploy_targets.types import Sampling, TokenSequence
+from deploy_targets.types import TokenSequence
 from deploy_targets.weights_file import tensor_layout
 
 
@@ -50,17 +50,21 @@ def read_limits(artifact_dir: Path, max_model_len: int) -> tuple[int, int]:
     return min(max_model_len, int(config.get("max_position_embeddings") or max_model_len)), vocab_size
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, vocab_size: int) -> None:
-    """Raise `UsageError` that lists every prompt that is empty, too long for `max_tokens` more, or out of the vocabulary."""
+def response_limits(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int, vocab_size: int) -> list[int]:
+    """How many tokens may follow each prompt: `max_tokens`, or fewer where `max_model_len` comes first.
+
+    Raises `UsageError` that lists every prompt that is empty, leaves no room for a token, or is out of the vocabulary.
+    """
     wrong = []
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             wrong.append(f"prompt {index} is empty")
-        elif len(prompt) + sampling.max_tokens > max_model_len:
-            wrong.append(f"prompt {index}: {len(prompt)} tokens + max_tokens {sampling.max_tokens} > max_model_len {max_model_len}")
+        elif len(prompt) >= max_model_len:
+            wrong.append(f"prompt {index}: {len(prompt)} tokens leave no room within max_model_len {max_model_len}")
         elif min(prompt) < 0 or max(prompt) >= vocab_size:
             wrong.append(f"prompt {index} holds a token id outside [0, {vocab_size})")
     _raise_if(wrong, "prompts")
+    return [min(max_tokens, max_model_len - len(prompt)) for prompt in prompts]
 
 
 def check_sequences(sequences: Sequence[TokenSequence], temperature: float, max_model_len: int, vocab_size: int) -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from deploy_targets.engines.requests import (
     EngineOptions,
     check_layout,
-    check_prompts,
     check_sequences,
     parse_options,
     read_layout,
     read_limits,
+    response_limits,
 )
 from deploy_targets.errors import EngineError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -90,9 +90,9 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Sample all prompts in one batch, from one generator made of the seed; equal prompts are computed once."""
         model = self._open_model()
-        check_prompts(prompts, sampling, self._max_model_len, self._vocab_size)
         if not prompts:
             return []
+        allowed = response_limits(prompts, sampling.max_tokens, self._max_model_len, self._vocab_size)
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=self._device)
@@ -115,9 +115,9 @@ class TransformersEngine:
         """The prompts that the rows of the batch belong to; finished ones leave the batch."""
         sampled = torch.zeros(len(prompts), sampling.max_tokens, dtype=torch.long, device=self._device)
         logps = torch.zeros(len(prompts), sampling.max_tokens, device=self._device)
-        lengths = torch.full([len(prompts)], sampling.max_tokens, device=self._device)
+        lengths = torch.tensor(allowed, device=self._device)
         stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
-        for step in range(sampling.max_tokens):
+        for step in range(max(allowed)):
             log_probs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
             if sampling.temperature == 0:
                 chosen = log_probs.argmax(dim=-1, keepdim=True)
@@ -125,10 +125,11 @@ class TransformersEngine:
                 chosen = torch.multinomial(log_probs.exp(), 1, generator=generator)
             sampled[alive, step] = chosen[:, 0]
             logps[alive, step] = log_probs.gather(1, chosen)[:, 0]
-            ended = torch.isin(chosen[:, 0], stops)
-            stopped[alive[ended]] = True
-            lengths[alive[ended]] = step + 1
-            if step + 1 == sampling.max_tokens or bool(ended.all()):
+            hit_stop = torch.isin(chosen[:, 0], stops)
+            stopped[alive[hit_stop]] = True
+            lengths[alive[hit_stop]] = step + 1
+            ended = lengths[alive] == step + 1
+            if bool(ended.all()):
                 break
             if bool(ended.any()):
                 kept = (~ended).nonzero()[:, 0]

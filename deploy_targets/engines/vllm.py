@@ -22,11 +22,11 @@ from safetensors import safe_open
 from deploy_targets.engines.requests import (
     EngineOptions,
     check_layout,
-    check_prompts,
     check_sequences,
     parse_options,
     read_layout,
     read_limits,
+    response_limits,
 )
 from deploy_targets.errors import EngineError, UsageError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -126,8 +126,8 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Sample with log-probs from vLLM's own sampler (`logprobs_mode="processed_logprobs"`)."""
         llm = self._open_llm()
-        check_prompts(prompts, sampling, self._max_model_len, self._vocab_size)
-        runs = [(prompt, len(list(run))) for prompt, run in groupby(tuple(prompt) for prompt in prompts)]
+        limits = response_limits(prompts, sampling.max_tokens, self._max_model_len, self._vocab_size)
+        runs = [(*key, len(list(run))) for key, run in groupby(zip(map(tuple, prompts), limits, strict=True))]
         seeds: list[int | None] = [None] * len(runs)
         if sampling.temperature > 0 and not self._is_cpu:
             seeds = [int(seed) for seed in np.random.default_rng(sampling.seed).integers(2**62, size=len(runs))]
@@ -135,7 +135,7 @@ class VllmEngine:
             vllm.SamplingParams(
                 n=count,
                 temperature=sampling.temperature,
-                max_tokens=sampling.max_tokens,
+                max_tokens=limit,
                 seed=seed,
                 stop_token_ids=list(sampling.stop_token_ids),
                 ignore_eos=True,
@@ -143,13 +143,13 @@ class VllmEngine:
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for (_, count), seed in zip(runs, seeds, strict=True)
+            for (_, limit, count), seed in zip(runs, seeds, strict=True)
         ]
         with torch.random.fork_rng(enabled=self._is_cpu, devices=[]):
             if self._is_cpu:
                 # A generator per request costs a few percent of the throughput on CPU, and the call is the unit of determinism.
                 torch.manual_seed(sampling.seed)
-            outputs = self._run(llm, [prompt for prompt, _ in runs], params)
+            outputs = self._run(llm, [prompt for prompt, _, _ in runs], params)
         # Cached blocks change how a later equal call is computed, by a rounding error: same call, same log-probs.
         llm.reset_prefix_cache()
         return [
@@ -161,7 +161,7 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 finish_reason="stop" if completion.finish_reason == "stop" else "length",
             )
-            for (prompt, _), output in zip(runs, outputs, strict=True)
+            for (prompt, _, _), output in zip(runs, outputs, strict=True)
             for completion in output.outputs
         ]
 

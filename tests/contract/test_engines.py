@@ -1,0 +1,324 @@
+"""One suite for every engine: what `deploy_targets.protocols.Engine` promises, held against real runtimes and real weights.
+
+Each target is opened on two models through the same calls that a training run makes: quantize, write, scaffold, open.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deploy_targets.catalog import make_quantizer, open_engine
+from deploy_targets.errors import EngineError, UsageError
+from deploy_targets.profile import TargetProfile, load_profile
+from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenScores, TokenSequence, WeightFile
+from deploy_targets.weights_file import write_weights
+from tests.conftest import TinyModels
+
+MAX_MODEL_LEN = 48
+LOGP_TOLERANCE_NATS = {"fake": 1e-5, "bf16-transformers": 0.1, "int4-vllm": 0.1, "int4-onnx": 1e-3}
+"""How far two ways of computing the same log-prob may differ (decode or prefill, one or many): bf16 against float32 arithmetic."""
+SLOW = {"int4-vllm"}
+TARGETS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LOGP_TOLERANCE_NATS]
+TEMPERATURES = [0.7, 1.0, 1.3]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A profile, two versions of a model in its checkpoint format, and the folder it is served from."""
+
+    profile: TargetProfile
+    quantizer: Quantizer
+    model_dir: Path
+    folder: Path
+    versions: dict[int, Path]
+
+    @property
+    def tolerance(self) -> float:
+        return LOGP_TOLERANCE_NATS[self.profile.name]
+
+    def open(self, weight_version: int = 1) -> Engine:
+        return open_engine(self.profile, self.folder, weight_version)
+
+    def weights(self, version: int, weight_version: int) -> WeightFile:
+        return WeightFile(self.versions[version], weight_version)
+
+
+def make_target(name: str, model_dir: Path, folder: Path) -> Target:
+    profile = load_profile(name)
+    missing = [package for package in profile.hardware.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{name} needs {', '.join(missing)}")
+    profile = profile.model_copy(update={"max_model_len": MAX_MODEL_LEN})
+    quantizer = make_quantizer(profile, model_dir)
+    first = load_file(model_dir / WEIGHTS_FILE)
+    assert quantizer.offenders({name: tuple(tensor.shape) for name, tensor in first.items()}) == []
+    generator = torch.Generator().manual_seed(1)
+    second = {key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for key, tensor in first.items()}
+    served, updates = folder / "served", folder / "updates"
+    served.mkdir()
+    updates.mkdir()
+    versions = {1: updates / "one.safetensors", 2: updates / "two.safetensors"}
+    for version, tensors in {1: first, 2: second}.items():
+        write_weights(versions[version], quantizer.quantize(tensors.items()), 4 * len(tensors) + 16)
+    (served / WEIGHTS_FILE).write_bytes(versions[1].read_bytes())
+    quantizer.scaffold(model_dir, served)
+    return Target(profile, quantizer, model_dir, served, versions)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    model_dir = tiny_models("qwen3", max_position_embeddings=512)
+    return make_target(request.param, model_dir, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def shared_engine(target: Target) -> Iterator[Engine]:
+    opened = target.open()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def engine(target: Target, shared_engine: Engine) -> Iterator[Engine]:
+    """The module's engine, serving version 1 of the weights as weight_version 1 before and after each test."""
+    yield shared_engine
+    if shared_engine.weight_version != 1:
+        shared_engine.update(target.weights(1, 1))
+
+
+def random_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 20) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 36, size=rng.integers(shortest, longest + 1)).tolist() for _ in range(count)]
+
+
+def random_sequences(count: int, seed: int = 0) -> list[TokenSequence]:
+    prompts, responses = random_prompts(count, seed), random_prompts(count, seed + 1)
+    return [TokenSequence((*prompt, *response), len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def all_logps(scores: list[TokenScores]) -> NDArray[np.float32]:
+    return np.concatenate([score.logps for score in scores])
+
+
+def largest_gap(first: list[TokenScores], second: list[TokenScores]) -> float:
+    """Largest absolute difference of two lists of scores, nats; NaN when any log-prob is."""
+    return float(np.abs(all_logps(first) - all_logps(second)).max())
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_logps_of_generate_are_those_of_score(target: Target, engine: Engine, temperature: float) -> None:
+    generations = engine.generate(random_prompts(12), Sampling(max_tokens=16, temperature=temperature, seed=5))
+    sequences = [TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations]
+    scores = engine.score(sequences, temperature)
+    for generation, score in zip(generations, scores, strict=True):
+        assert generation.temperature == score.temperature == temperature
+        assert generation.tokens.dtype == score.greedy_tokens.dtype == np.int32
+        assert generation.logps.dtype == score.logps.dtype == np.float32
+        np.testing.assert_allclose(generation.logps, score.logps, rtol=0, atol=target.tolerance)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_tokens_are_drawn_from_the_scored_distribution(engine: Engine, temperature: float) -> None:
+    prompt, num_draws, vocab_size = [7, 11, 5], 3000, 36
+    generations = engine.generate([prompt] * num_draws, Sampling(max_tokens=1, temperature=temperature, seed=2))
+    scores = engine.score([TokenSequence((*prompt, token), 3) for token in range(vocab_size)], temperature)
+    expected = np.exp(all_logps(scores))
+    assert expected.sum() == pytest.approx(1, abs=0.02)
+    counts = np.bincount([generation.tokens[0] for generation in generations], minlength=vocab_size)
+    chi_square = float(((counts - num_draws * expected) ** 2 / (num_draws * expected)).sum())
+    # Mean 35, standard deviation sqrt(70) for a fair sampler: ten deviations.
+    assert chi_square < vocab_size - 1 + 10 * math.sqrt(2 * (vocab_size - 1))
+
+
+def test_temperature_zero_is_greedy_with_logps_at_temperature_one(target: Target, engine: Engine) -> None:
+    generations = engine.generate(random_prompts(8), Sampling(max_tokens=8, temperature=0))
+    scores = engine.score([TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations])
+    pairs = list(zip(generations, scores, strict=True))
+    greedy = engine.score([TokenSequence((*g.prompt, *s.greedy_tokens.tolist()), len(g.prompt)) for g, s in pairs])
+    for generation, score, best in zip(generations, scores, greedy, strict=True):
+        assert generation.temperature == 0
+        np.testing.assert_allclose(generation.logps, score.logps, rtol=0, atol=target.tolerance)
+        # Up to a tie within rounding, what was generated is what the scores call most probable.
+        assert best.logps[0] - score.logps[0] <= target.tolerance
+    assert np.mean([g.tokens[0] == s.greedy_tokens[0] for g, s in pairs]) > 0.7
+
+
+def test_equal_calls_give_equal_answers_and_seeds_differ(engine: Engine) -> None:
+    prompts = random_prompts(6)
+    sampling = Sampling(max_tokens=12, seed=3)
+    first, again, other = (engine.generate(prompts, s) for s in (sampling, sampling, replace(sampling, seed=4)))
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.logps, two.logps)
+    assert [g.tokens.tolist() for g in first] != [g.tokens.tolist() for g in other]
+
+
+def test_equal_neighbours_are_different_draws(engine: Engine) -> None:
+    prompts = [[5, 6, 7]] * 6 + [[8, 9]] * 6
+    generations = engine.generate(prompts, Sampling(max_tokens=12, seed=1))
+    assert [list(generation.prompt) for generation in generations] == prompts
+    assert len({tuple(generation.tokens.tolist()) for generation in generations}) == len(prompts)
+
+
+def test_a_ragged_batch_equals_one_by_one(target: Target, engine: Engine) -> None:
+    sequences = random_sequences(9)
+    together, alone = engine.score(sequences), [engine.score([sequence])[0] for sequence in sequences]
+    assert largest_gap(together, alone) <= target.tolerance
+    prompts = random_prompts(5, seed=7)
+    greedy = Sampling(max_tokens=6, temperature=0)
+    for batched, prompt in zip(engine.generate(prompts, greedy), prompts, strict=True):
+        single = engine.generate([prompt], greedy)[0]
+        # Greedy paths may part at a tie within rounding, not before.
+        differ = np.flatnonzero(batched.tokens != single.tokens)
+        same_until = int(differ[0]) + 1 if len(differ) else len(single.tokens)
+        np.testing.assert_allclose(batched.logps[:same_until], single.logps[:same_until], rtol=0, atol=target.tolerance)
+
+
+def test_updates_equal_a_fresh_engine_and_going_back_restores(target: Target, engine: Engine) -> None:
+    sequences = random_sequences(8)
+    before = engine.score(sequences)
+    assert engine.update(target.weights(2, 2)) == engine.weight_version == 2
+    assert engine.update(target.weights(1, 3)) == 3
+    assert engine.update(target.weights(2, 4)) == 4
+    updated = engine.score(sequences)
+    assert largest_gap(updated, before) > max(0.2, 2 * target.tolerance)
+    fresh_folder = target.folder.parent / "fresh"
+    fresh_folder.mkdir()
+    (fresh_folder / WEIGHTS_FILE).write_bytes(target.versions[2].read_bytes())
+    target.quantizer.scaffold(target.model_dir, fresh_folder)
+    fresh = replace(target, folder=fresh_folder).open(weight_version=4)
+    try:
+        assert largest_gap(updated, fresh.score(sequences)) == 0
+    finally:
+        fresh.close()
+    engine.update(target.weights(1, 5))
+    assert largest_gap(engine.score(sequences), before) == 0
+
+
+def test_publishing_the_same_weights_five_times_drifts_by_nothing(target: Target, engine: Engine) -> None:
+    sequences, prompts, sampling = random_sequences(6), random_prompts(6), Sampling(max_tokens=8, seed=9)
+    scores, generations = engine.score(sequences), engine.generate(prompts, sampling)
+    for weight_version in range(2, 7):
+        engine.update(target.weights(1, weight_version))
+        assert largest_gap(engine.score(sequences), scores) == 0
+    for before, after in zip(generations, engine.generate(prompts, sampling), strict=True):
+        np.testing.assert_array_equal(before.tokens, after.tokens)
+        np.testing.assert_array_equal(before.logps, after.logps)
+
+
+def test_every_answer_says_which_weights_made_it(target: Target, engine: Engine) -> None:
+    for weight_version in (1, 17, 18):
+        if weight_version != 1:
+            engine.update(target.weights(2, weight_version))
+        generations = engine.generate([[5], [6, 7]], Sampling(max_tokens=2))
+        scores = engine.score(random_sequences(2))
+        assert {answer.weight_version for answer in (*generations, *scores)} == {weight_version}
+
+
+def test_one_token_and_as_many_as_fit(engine: Engine) -> None:
+    (short,) = engine.generate([[5, 6, 7]], Sampling(max_tokens=1))
+    assert (len(short.tokens), short.finish_reason) == (1, "length")
+    prompts = [[5], [5, 6, 7, 8], list(range(3, 3 + 30))]
+    for generation in engine.generate(prompts, Sampling(max_tokens=MAX_MODEL_LEN)):
+        assert len(generation.prompt) + len(generation.tokens) == MAX_MODEL_LEN
+        assert generation.finish_reason == "length"
+        assert np.isfinite(generation.logps).all()
+        (score,) = engine.score([TokenSequence((*generation.prompt, *generation.tokens.tolist()), len(generation.prompt))])
+        assert len(score.logps) == len(generation.tokens)
+
+
+def test_a_stop_token_ends_the_response_and_belongs_to_it(engine: Engine) -> None:
+    stops = (2, 5, 9, 14)
+    generations = engine.generate(random_prompts(24), Sampling(max_tokens=20, seed=8, stop_token_ids=stops))
+    for generation in generations:
+        *body, last = generation.tokens.tolist()
+        assert not set(body) & set(stops)
+        assert (last in stops) == (generation.finish_reason == "stop")
+        assert len(generation.logps) == len(generation.tokens) <= 20
+        assert generation.finish_reason == "stop" or len(generation.tokens) == 20
+    assert {generation.finish_reason for generation in generations} == {"stop", "length"}
+
+
+def test_the_models_own_end_token_does_not_stop_unless_asked(engine: Engine) -> None:
+    generations = engine.generate([[5, 6]] * 64, Sampling(max_tokens=20, temperature=1.3, seed=1))
+    assert any(2 in generation.tokens[:-1] for generation in generations), "64 x 20 tokens without <eos>: the test sees nothing"
+    assert all(len(generation.tokens) == 20 for generation in generations)
+
+
+def test_prompts_that_cannot_be_served_are_refused(engine: Engine) -> None:
+    for prompt in ([], [36], [-1], [5] * MAX_MODEL_LEN):
+        with pytest.raises(UsageError):
+            engine.generate([[5, 6], prompt], Sampling(max_tokens=2))
+    with pytest.raises(UsageError):
+        engine.score([TokenSequence((5,) * (MAX_MODEL_LEN + 1), 1)])
+
+
+def test_a_file_of_another_model_is_refused_and_changes_nothing(target: Target, engine: Engine, tmp_path: Path) -> None:
+    tensors = dict(load_file(target.versions[2]))
+    lost = sorted(tensors)[-1]
+    del tensors[lost]
+    write_weights(tmp_path / "short.safetensors", tensors.items(), 4 * len(tensors))
+    sequences = random_sequences(4)
+    before = engine.score(sequences)
+    with pytest.raises(EngineError, match=lost):
+        engine.update(WeightFile(tmp_path / "short.safetensors", 9))
+    with pytest.raises(EngineError, match="nowhere"):
+        engine.update(WeightFile(tmp_path / "nowhere.safetensors", 9))
+    assert engine.weight_version == 1
+    assert largest_gap(engine.score(sequences), before) == 0
+
+
+def reference_logps(target: Target, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+    """The scores of transformers in float32, with the weights that the quantizer says the engine computes with."""
+    model = AutoModelForCausalLM.from_pretrained(target.model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(target.quantizer.dequantized(name, parameter))
+        logps = []
+        for sequence in sequences:
+            log_probs = torch.log_softmax(model(torch.tensor([sequence.tokens])).logits[0], dim=-1)
+            given = torch.tensor(sequence.tokens[sequence.prompt_len :])
+            logps.append(log_probs[sequence.prompt_len - 1 : -1].gather(1, given[:, None])[:, 0].numpy())
+    return np.concatenate(logps)
+
+
+def test_scores_are_those_of_the_dequantized_model(target: Target, engine: Engine) -> None:
+    if target.profile.name == "fake":
+        pytest.skip("the fake engine runs no model")
+    sequences = random_sequences(8)
+    gap = np.abs(all_logps(engine.score(sequences)) - reference_logps(target, sequences))
+    assert gap.mean() < target.tolerance / 4
+    assert gap.max() < 2 * target.tolerance
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    model_dir = tiny_models("qwen2", tied=True, max_position_embeddings=512)
+    target = make_target(name, model_dir, tmp_path)
+    engine = target.open(weight_version=1)
+    try:
+        sequences = random_sequences(8)
+        scores = engine.score(sequences)
+        if name != "fake":
+            assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
+        engine.update(target.weights(2, 2))
+        assert largest_gap(engine.score(sequences), scores) > 0.05
+        engine.update(target.weights(1, 3))
+        assert largest_gap(engine.score(sequences), scores) == 0
+        generations = engine.generate(random_prompts(4), Sampling(max_tokens=4))
+        assert all(np.isfinite(generation.logps).all() for generation in generations)
+    finally:
+        engine.close()
+        engine.close()
