@@ -64,7 +64,7 @@ class DatasetConfig(_TaskTable):
     prompt_column: str = "prompt"
     """Column with the prompt: text, or chat messages as a list of {role, content}."""
     answer_column: str = "answer"
-    """Column with the right answer (text or number). Needed by the built-in rewards; your own may do without."""
+    """Column with the right answer (text or number). Rewards get it as `answer`. Needed by the built-in ones only."""
     heldout_path: str | None = None
     """Where held-out problems come from: anything `path` may be. Unset: `heldout_fraction` of `path` is kept aside."""
     heldout_split: str | None = None

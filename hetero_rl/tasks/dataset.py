@@ -171,12 +171,14 @@ def _problem(row: Mapping[str, Any], place: str, prompt_column: str, answer_colu
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"dataset {place}: no column {column!r}.{hint} Columns there: {', '.join(row) or 'none'}")
     answer = row.get(answer_column)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        if needs_answer:
-            raise UsageError(f"dataset {place}: {answer_column} is {_kind(answer)}, not text or a number")
-        answer = ""
+    prompt = _prompt(row[prompt_column], f"dataset {place}: {prompt_column}")
     columns = {name: value for name, value in row.items() if name != prompt_column}
-    return Problem(_prompt(row[prompt_column], f"dataset {place}: {prompt_column}"), str(answer), columns)
+    if not isinstance(answer, bool) and isinstance(answer, str | int | float):
+        columns["answer"] = str(answer)
+        return Problem(prompt, str(answer), columns)
+    if needs_answer:
+        raise UsageError(f"dataset {place}: {answer_column} is {_kind(answer)}, not text or a number")
+    return Problem(prompt, "", columns)
 
 
 def _prompt(value: Any, place: str) -> str | tuple[Message, ...]:

@@ -10,7 +10,7 @@ Built-in, each a number per completion from (completion, answer):
 Your own is `module:function`, found on PYTHONPATH or in the working directory, with the signature TRL gives to reward
 functions: `fn(prompts, completions, **columns) -> list[float | None]`, all by keyword. Where the prompt is a list of chat
 messages, so is the completion: `[{"role": "assistant", "content": ...}]`. The columns are those of the sample, except the
-prompt and any called `prompts` or `completions`. None means "not for me".
+prompt and any called `prompts` or `completions`; `answer` is the right answer as text. None means "not for me".
 
 Several are summed by weight over those that gave a number; a sample to which none gave one is dropped.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -42,6 +43,8 @@ MATH_VERIFY_LIMIT_S = 5
 """Time limit of each parse and each comparison of math-verify."""
 
 BuiltIn: TypeAlias = Callable[[str, str], float]
+ArtifactReward: TypeAlias = Callable[[list[str], list[str], dict[str, list[Any]]], list[float | None]]
+"""(prompts, completions, columns) -> rewards: what `deploy_targets.verify` takes."""
 _NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?:(?<!\d)[-+])?\.\d+")
 _SHOWN_CHARACTERS = 500
 
@@ -123,6 +126,58 @@ def load_reward(terms: Sequence[RewardTerm]) -> Reward:
         UsageError: a module that cannot be imported, or has no such function, or an async one.
     """
     return Reward(tuple((term.name, term.weight, _find(term.name)) for term in terms))
+
+
+def reward_text(terms: Sequence[RewardTerm]) -> str:
+    """`terms` in one line, as an artifact records them: `exact`, `2*exact+0.5*digits`."""
+    return "+".join(term.name if term.weight == 1 else f"{term.weight!r}*{term.name}" for term in terms)
+
+
+def artifact_reward(recorded: str, override: str | None = None) -> ArtifactReward | None:
+    """The reward for judging an artifact's task sample: `override` where given, else the `recorded` one.
+
+    Both are written as by `reward_text`. None where `recorded` names code of a user and there is no `override`: an artifact
+    must not choose what runs on the machine that checks it.
+
+    Raises:
+        UsageError: what `load_reward` raises, or a text that is not of that form.
+    """
+    if override is None and ":" in recorded:
+        return None
+    reward = load_reward(_parse_terms(override if override is not None else recorded))
+
+    def judge(prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
+        rows = [{name: values[index] for name, values in columns.items()} for index in range(len(prompts))]
+        problems = [Problem(_messages_or_text(prompt), str(row.get("answer", "")), row) for prompt, row in zip(prompts, rows, strict=True)]
+        return reward(problems, completions)
+
+    return judge
+
+
+def _parse_terms(text: str) -> list[RewardTerm]:
+    from hetero_rl.tasks.config import RewardTerm
+
+    terms = []
+    # A plus after an e is an exponent: 1e+20*exact.
+    for part in re.split(r"(?<!\de)\+", text):
+        weight, star, name = part.rpartition("*")
+        try:
+            terms.append(RewardTerm(name=name, weight=float(weight) if star else 1.0))
+        except ValueError:
+            raise UsageError(f"reward {text!r}: {weight!r} is not a number; write `name` or `weight*name`, joined by +") from None
+    return terms
+
+
+def _messages_or_text(prompt: str) -> str | tuple[Mapping[str, str], ...]:
+    """Undo the JSON that chat messages are written as in a task sample."""
+    if not prompt.startswith("["):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+    except ValueError:
+        return prompt
+    is_chat = bool(messages) and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
+    return tuple(messages) if is_chat else prompt
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from deploy_targets.errors import EXIT_FAILED, EXIT_USAGE, UnknownNameError, Usa
 from hetero_rl.errors import RewardError
 from hetero_rl.tasks.base import Problem
 from hetero_rl.tasks.config import RewardTerm
-from hetero_rl.tasks.rewards import Reward, digits, exact, load_reward, math_verify, numeric
+from hetero_rl.tasks.rewards import Reward, artifact_reward, digits, exact, load_reward, math_verify, numeric, reward_text
 
 PROBLEMS = [Problem("1+1=", "2", {"answer": "2", "level": "easy"}), Problem("5+5=", "10", {"answer": "10", "level": "hard"})]
 
@@ -228,3 +229,41 @@ def test_a_fresh_process_finds_user_rewards_and_needs_no_torch(tmp_path: Path, b
 def test_number_of_completions_must_match() -> None:
     with pytest.raises(ValueError, match="2 problems for 1 completions"):
         rewards("exact")(PROBLEMS, ["2"])
+
+
+@pytest.mark.parametrize(
+    "user_module",
+    ["def is_chat(completions, **columns):\n    return [not isinstance(text, str) for text in completions]\n"],
+    indirect=True,
+)
+def test_an_artifact_never_chooses_the_code_that_judges_it(user_module: str) -> None:
+    assert artifact_reward(f"{user_module}:is_chat") is None
+    assert artifact_reward(f"exact+{user_module}:is_chat") is None
+    judge = artifact_reward("exact", f"{user_module}:is_chat")
+    assert judge is not None
+    chat = json.dumps([{"role": "user", "content": "1+1="}])
+    assert judge([chat, "[1+1]=", "[1]"], ["2", "2", "2"], {"answer": ["2", "2", "2"]}) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        ([("exact", 1.0)], "exact"),
+        ([("exact", 2.0), ("digits", -0.5)], "2.0*exact+-0.5*digits"),
+        ([("exact", 1e20), ("digits", 1.0)], "1e+20*exact+digits"),
+    ],
+)
+def test_a_recorded_reward_judges_as_the_trained_one(terms: list[tuple[str, float]], text: str) -> None:
+    trained = [RewardTerm(name=name, weight=weight) for name, weight in terms]
+    assert reward_text(trained) == text
+    judge = artifact_reward(text)
+    assert judge is not None
+    columns = {"answer": ["2", "10"], "level": ["easy", "hard"]}
+    assert judge(["1+1=", "5+5="], ["2", "11"], columns) == load_reward(trained)(PROBLEMS, ["2", "11"])
+
+
+def test_recorded_rewards_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match="'two' is not a number"):
+        artifact_reward("two*exact")
+    with pytest.raises(UnknownNameError, match="unknown reward ''"):
+        artifact_reward("exact+")

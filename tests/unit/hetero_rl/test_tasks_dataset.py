@@ -105,6 +105,7 @@ def test_columns_by_other_names_and_number_answers(tokenizer: PreTrainedTokenize
     task = load(tokenizer, path, prompt_column="question", answer_column="solution", reward="numeric")
     problems = sorted(task.train_problems(0, 1) + task.heldout_problems(1), key=lambda problem: str(problem.prompt))
     assert [problem.answer for problem in problems] == ["2", "3.5"]
+    assert [problem.columns for problem in problems] == [{"solution": 2, "answer": "2"}, {"solution": 3.5, "answer": "3.5"}]
     assert task.reward(problems, ["it is 2.0", "3"]) == [1.0, 0.0]
 
 
