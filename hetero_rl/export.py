@@ -25,6 +25,7 @@ from hetero_rl.config import RunConfig
 from hetero_rl.parts import Parts
 from hetero_rl.rollout import accuracy, sample
 from hetero_rl.tasks.base import Problem, Task
+from hetero_rl.tasks.rewards import reward_text
 
 NUM_PROBE_PROMPTS = 64
 PROBE_SEED = 2_000_000_000
@@ -58,7 +59,7 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
         tolerance=state.tolerance,
         sampling=SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids),
         final_gap=gap,
-        task=TaskRecord(accuracy=solved, num_problems=len(problems), reward="+".join(term.name for term in config.task.reward_terms)),
+        task=TaskRecord(accuracy=solved, num_problems=len(problems), reward=reward_text(config.task.reward_terms)),
     )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -93,8 +94,8 @@ def task_sample(task: Task, problems: list[Problem]) -> bytes:
         json.dumps({
             "prompt_tokens": list(task.encode_prompt(problem)),
             "prompt": problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt),
-            "columns": {**problem.columns, "answer": problem.answer},
-        })
+            "columns": dict(problem.columns),
+        }, default=str)
         for problem in problems
     ]  # fmt: skip
     return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,46 @@
+"""Runs the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHORT_RUN = (
+    "task.reward=digits", "loop.num_steps=4", "loop.prompts_per_step=8", "loop.samples_per_prompt=4", "loop.max_response_tokens=8",
+    "constraint.floor_tokens=256", "evaluation.every_steps=2", "evaluation.num_problems=32", "evaluation.num_final_problems=64",
+    "checkpoint.every_steps=2", "export.probe_tokens=512",
+)  # fmt: skip
+"""Settings of a run that takes seconds."""
+
+
+def hetero_rl(*arguments: str | Path, cwd: Path, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`hetero-rl ARGUMENTS` in the folder `cwd`; output captured."""
+    return subprocess.run(
+        [sys.executable, "-m", "hetero_rl", *map(str, arguments)],
+        cwd=cwd,
+        env=environment_of(environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def environment_of(extra: dict[str, str]) -> dict[str, str]:
+    """The environment of a command: offline, no colours, lines not folded."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "240", "NO_COLOR": "1", **extra}
+
+
+def with_settings(*settings: str) -> list[str]:
+    """--set for each of `settings`."""
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
+def fails(result: subprocess.CompletedProcess[str], exit_code: int, *fragments: str) -> None:
+    """One clear error: the exit code, every fragment in the message, no traceback."""
+    assert result.returncode == exit_code, result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr
+    for fragment in fragments:
+        assert fragment in result.stderr, (fragment, result.stderr)
