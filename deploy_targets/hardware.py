@@ -38,8 +38,11 @@ def describe_machine() -> Machine:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """Name and memory of every NVIDIA GPU by `nvidia-smi`; empty where there is no driver. Needs no CUDA library."""
+    """Name and memory of every NVIDIA GPU by `nvidia-smi`, else the names the driver gives; empty without. Needs no CUDA library."""
     lines = _output_lines("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    if not lines:  # containers may have the driver without its tools
+        files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+        lines = [line.partition(":")[2] for file in files for line in file.read_text("utf-8").splitlines() if line.startswith("Model:")]
     return tuple(line.strip() for line in lines if line.strip())
 
 

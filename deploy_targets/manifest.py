@@ -131,7 +131,7 @@ def parse_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
     except json.JSONDecodeError as error:
         where = _field_at(data, error.lineno)
         raise damaged(
-            folder, [f"{MANIFEST_FILE}: is not valid JSON: line {error.lineno}, in or after field {where!r}: {error.msg}"]
+            folder, [f"{MANIFEST_FILE}: line {error.lineno}, in or after field {where!r}, is not valid JSON: {error.msg}"]
         ) from None
     except (ValueError, RecursionError) as error:
         raise damaged(folder, [f"{MANIFEST_FILE}: is not valid JSON ({error})"]) from None
@@ -144,9 +144,8 @@ def parse_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
     problems = _entry_problems(entries)
     if not problems and data != (written := _render(entries)):
         line = _first_other_line(data, written)
-        problems.append(
-            f"{MANIFEST_FILE}: line {line}, in field {_field_at(written, line)!r}, was rewritten (spacing, order or a repeated key)"
-        )
+        field = _field_at(written, line)
+        problems.append(f"{MANIFEST_FILE}: line {line}, in field {field!r}, was rewritten (spacing, order or a repeated key)")
     try:
         return Manifest.model_validate(entries), problems
     except ValidationError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def write_probes(path: Path, probe_set: ProbeSet) -> None:
     """
     probes = probe_set.probes
     lengths = [len(probe.sequence.tokens) for probe in probes]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "tokens": np.array([token for probe in probes for token in probe.sequence.tokens], dtype=np.int32),
         "offsets": np.cumsum([0, *lengths], dtype=np.int64),
         "prompt_lens": np.array([probe.sequence.prompt_len for probe in probes], dtype=np.int32),
@@ -93,7 +94,7 @@ def read_probes(path: Path) -> ProbeSet:
     return ProbeSet(tuple(probes), temperature, weight_version)
 
 
-def _validate(path: Path, arrays: dict[str, NDArray[np.generic]], metadata: dict[str, str]) -> tuple[float, int]:
+def _validate(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> tuple[float, int]:
     """Temperature and weight_version of probes that are whole; raises `ArtifactError` listing everything that is not."""
     found = {name: str(array.dtype) for name, array in arrays.items()}
     problems = [] if found == _DTYPES else [f"arrays are {found}, expected {_DTYPES}"]
@@ -108,23 +109,22 @@ def _validate(path: Path, arrays: dict[str, NDArray[np.generic]], metadata: dict
         problems.append("temperature (positive) or weight_version (0 or more) is missing or no such number")
     problems = problems or _length_problems(arrays)
     if problems:
-        raise ArtifactError(
-            "\n".join([f"{path} holds no usable probes:", *(f"  - {line}" for line in problems), "Export the artifact again."])
-        )
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ArtifactError(f"{path} holds no usable probes:\n{lines}\nExport the artifact again.")
     return temperature, weight_version
 
 
-def _length_problems(arrays: dict[str, NDArray[np.generic]]) -> list[str]:
+def _length_problems(arrays: dict[str, NDArray[Any]]) -> list[str]:
     offsets, prompt_lens = arrays["offsets"].astype(np.int64), arrays["prompt_lens"].astype(np.int64)
     if len(offsets) < 2:
         return ["there is not one sequence"]
     lengths = np.diff(offsets)
     if len(prompt_lens) != len(lengths) or offsets[0] != 0 or offsets[-1] != len(arrays["tokens"]):
         return [
-            f"{len(lengths)} sequences of {offsets[-1]} tokens by the offsets, {len(prompt_lens)} prompts, {len(arrays['tokens'])} tokens"
+            f"offsets {offsets[0]}..{offsets[-1]} of {len(lengths)} sequences, {len(prompt_lens)} prompts, {len(arrays['tokens'])} tokens"
         ]
-    problems = [f"sequence {index}: prompt_len {prompt_lens[index]} of {lengths[index]} tokens" for index in np.flatnonzero(
-        (prompt_lens < 1) | (prompt_lens >= lengths))]  # fmt: skip
+    odd = np.flatnonzero((prompt_lens < 1) | (prompt_lens >= lengths))
+    problems = [f"sequence {index}: prompt_len {prompt_lens[index]} of {lengths[index]} tokens" for index in odd]
     num_scored = int((lengths - prompt_lens).sum())
     for name in ("learner_logps", "learner_greedy"):
         if len(arrays[name]) != num_scored:

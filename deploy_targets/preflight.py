@@ -1,0 +1,149 @@
+"""Model x scheme x engine x hardware, checked before a minute is spent; every offender is listed at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from deploy_targets.artifact import checked_layout
+from deploy_targets.catalog import ENGINES, make_quantizer
+from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
+from deploy_targets.hardware import find_gpus
+from deploy_targets.profile import TargetProfile
+from deploy_targets.types import WEIGHTS_FILE
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def check_target(profile: TargetProfile) -> list[str]:
+    """Why the target cannot run on this machine, one line each; empty when it can.
+
+    Looks at names, packages and devices without importing an engine: importing some of them takes many seconds.
+    """
+    reasons = []
+    engines = {*ENGINES, *(point.name for point in entry_points(group="deploy_targets.engines"))}
+    if profile.engine.name not in engines:
+        reasons.append(str(UnknownNameError("engine", profile.engine.name, engines)))
+    missing = [package for package in profile.hardware.packages if not _is_installed(package)]
+    if missing:
+        extra = profile.hardware.extra
+        fix = f"; install it with: pip install 'hetero-rl[{extra}]'" if extra else ""
+        reasons.append(f"package {', '.join(repr(package) for package in missing)} is not installed{fix}")
+    asks_cuda = "cpu" not in profile.hardware.devices or str(profile.engine.options.get("device", "")).startswith("cuda")
+    if asks_cuda and not find_gpus():
+        reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
+    return reasons
+
+
+def preflight(profile: TargetProfile, model_dir: Path) -> None:
+    """Check the model of `model_dir` against the target; reads the headers of its weights, never the data.
+
+    Raises `PreflightError` with everything at once, one line each: a machine that cannot run the target, files that are missing
+    or damaged, tensors that do not fit the scheme, a tokenizer beyond the vocabulary.
+    """
+    offenders = check_target(profile)
+    shapes: dict[str, tuple[int, ...]] = {}
+    config: dict[str, Any] = {}
+    try:
+        shapes = model_shapes(model_dir)
+    except UsageError as error:
+        offenders.append(str(error))
+    try:
+        config = _read_object(model_dir / "config.json")
+        offenders += _scheme_offenders(profile, model_dir, shapes)
+    except UsageError as error:
+        offenders.append(str(error))
+    offenders += _tokenizer_offenders(model_dir, config, shapes)
+    offenders += _engine_offenders(profile, config)
+    if offenders:
+        raise PreflightError(
+            f"model {model_dir.name!r} and target {profile.name!r} (scheme {profile.scheme.name}) do not fit",
+            list(dict.fromkeys(offenders)),
+            "Choose another target, list the layers under `ignore` in a profile of your own, or change the model",
+        )
+
+
+def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Hugging Face checkpoint, one file or shards, from the headers alone.
+
+    Raises `UsageError` for a folder without safetensors weights, a shard that is missing, or a header that does not parse.
+    """
+    index = model_dir / INDEX_FILE
+    if (model_dir / WEIGHTS_FILE).is_file():
+        shards = {WEIGHTS_FILE}
+    elif index.is_file():
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+            raise UsageError(f"{index} has no weight_map of tensors to files in its own folder")
+        shards = set(weight_map.values())
+    else:
+        raise UsageError(
+            f"{model_dir} holds no {WEIGHTS_FILE} and no {INDEX_FILE}; pickled weights are never loaded. "
+            "Save the model with save_pretrained, which writes safetensors"
+        )
+    try:
+        return {name: entry[1] for shard in sorted(shards) for name, entry in checked_layout(model_dir / shard).items()}
+    except ArtifactError as error:
+        raise UsageError(f"{model_dir}: {error}") from error
+
+
+def _scheme_offenders(profile: TargetProfile, model_dir: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What the quantizer says about the tensors, or about its scheme."""
+    try:
+        return make_quantizer(profile, model_dir).offenders(shapes)
+    except ListedError as error:
+        return list(error.offenders)
+
+
+def _tokenizer_offenders(model_dir: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tokens whose id the model has no logit for."""
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        return [f"{path} is missing; save the tokenizer with save_pretrained, which writes it"]
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises the bare class for every malformed file
+        return [f"{path} is no readable tokenizer: {error}"]
+    rows = [
+        config.get("vocab_size"),
+        *(size for name, shape in shapes.items() if name.endswith("embed_tokens.weight") for size in shape[:1]),
+    ]
+    vocab_size = min((size for size in rows if isinstance(size, int)), default=None)
+    beyond = {token: index for token, index in vocabulary.items() if vocab_size is not None and index >= vocab_size}
+    if not beyond:
+        return []
+    token, index = max(beyond.items(), key=lambda item: item[1])
+    return [f"tokenizer.json: {len(beyond)} tokens have ids beyond the model's vocabulary of {vocab_size}, e.g. {token!r} with id {index}"]
+
+
+def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any]) -> list[str]:
+    """Pairs of model and engine that are known not to run."""
+    has_experts = bool(config.get("num_experts") or config.get("num_local_experts"))
+    if has_experts and profile.engine.name == "vllm" and profile.scheme.bits < 8 and not find_gpus():
+        return [f"vLLM has no {profile.scheme.name} mixture-of-experts kernel for CPUs; serve this model in BF16 or on a GPU"]
+    return []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ModuleNotFoundError, ValueError):  # the parent of a dotted name is missing
+        return False
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return value
