@@ -1,0 +1,51 @@
+"""The quantizer that changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deploy_targets.errors import ArtifactError, ProfileError
+from deploy_targets.profile import SchemeSpec
+from deploy_targets.quantizers.none import NoQuantizer
+from tests.conftest import TinyModels
+
+
+def test_tensors_pass_through_in_order_and_a_tied_head_is_left_out() -> None:
+    tensors = {"model.embed_tokens.weight": torch.ones(2, 2), "model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
+    untied = NoQuantizer(SchemeSpec(quantizer="none"), {"tie_word_embeddings": False})
+    assert list(untied.quantize(tensors.items())) == list(tensors.items())
+    tied = NoQuantizer(SchemeSpec(quantizer="none"), {"tie_word_embeddings": True})
+    assert [name for name, _ in tied.quantize(tensors.items())] == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert tied.dequantized("model.norm.weight", tensors["model.norm.weight"]) is tensors["model.norm.weight"]
+    assert not tied.quantizes("model.norm.weight")
+    assert tied.offenders({"x": (3,)}) == []
+
+
+def test_the_scaffold_and_the_weights_are_the_model_again(tiny_models: TinyModels, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deploy_targets.weights_file import write_weights
+
+    model_dir = tiny_models("llama")
+    quantizer = NoQuantizer(SchemeSpec(quantizer="none"), {})
+    tensors = load_file(model_dir / "model.safetensors")
+    write_weights(tmp_path / "model.safetensors", quantizer.quantize(tensors.items()), len(tensors) + 1)
+    quantizer.scaffold(model_dir, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("12+3") == AutoTokenizer.from_pretrained(model_dir).encode("12+3")
+
+
+def test_settings_without_effect_are_refused_all_at_once() -> None:
+    with pytest.raises(ProfileError) as caught:
+        NoQuantizer(SchemeSpec(quantizer="none", bits=4, group_size=32, ignore=("lm_head",)), {})
+    assert len(caught.value.offenders) == 3
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        NoQuantizer(SchemeSpec(quantizer="none"), {}).scaffold(tmp_path, tmp_path)
