@@ -1,0 +1,233 @@
+"""The whole way through the real command line: train against the real INT4 engine, export, verify, resume, tamper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy_targets.weights_file import sha256_of
+from hetero_rl.metrics import METRICS, read_metrics
+from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
+
+TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN))
+STABLE_METRICS = (
+    "step", "reward/mean", "constraint/engine_gap", "constraint/floor", "constraint/tolerance", "constraint/lambda",
+    "constraint/staleness_gap", "engine/nonfinite_logprobs", "weights/version", "perf/step_s", "perf/rollout_s", "perf/learner_s",
+    "perf/publish_s", "perf/rollout_tokens_per_s",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of the demo model against ONNX Runtime, trained once for all tests; they must not change it."""
+    folder = tmp_path_factory.mktemp("train")
+    result = hetero_rl(*TRAIN, "--run-dir", "run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "deployed accuracy" in result.stdout
+    return folder / "run"
+
+
+@pytest.fixture
+def artifact(run: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact, to be tampered with."""
+    return Path(shutil.copytree(run / "artifact", tmp_path / "artifact"))
+
+
+def exact(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if METRICS[name].exact}
+
+
+def test_metrics(run: Path) -> None:
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(name in row for row in rows[1:] for name in STABLE_METRICS)
+    assert all("eval/deployed_accuracy" in rows[step] and "eval/learner_accuracy" in rows[step] for step in (0, 2, 4))
+    assert [row["weights/version"] for row in rows[1:]] == [0, 1, 2, 3]
+    assert all(row["constraint/engine_gap"] > 0 and row["constraint/staleness_gap"] == 0 for row in rows[1:])
+    assert 0.3 < rows[0]["eval/deployed_accuracy"] < 0.7
+
+
+def test_run_folder(run: Path) -> None:
+    for name in ("config.json", "environment.json", "metrics.jsonl", "report.html", "artifact/manifest.json"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").iterdir())
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    report = (run / "report.html").read_text()
+    assert report.count("<svg") == 6
+    assert "http" not in report.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace("http://purl.org", "")
+
+
+def test_exported_weights_are_those_that_were_served(run: Path) -> None:
+    """Law 1, twice: against the file the engine served from, and against a fresh export of the same checkpoint."""
+    served = sha256_of(run / "serving" / "model.safetensors")
+    assert sha256_of(run / "artifact" / "model.safetensors") == served
+
+
+def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
+    result = hetero_rl("export", run, "--out", "again", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sha256_of(tmp_path / "again" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+
+
+def test_verify_deploy(run: Path, tmp_path: Path) -> None:
+    result = hetero_rl("verify-deploy", run / "artifact", "--json", "v.json", "--html", "v.html", cwd=tmp_path)
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["verdict"] in ("pass", "warn"), report["gates"]
+    assert result.returncode == 0, result.stderr
+    assert {"gap", "kl_k3", "greedy_agreement", "task_accuracy", "gates", "artifact_sha256", "engine", "hardware"} <= set(report)
+    assert {"mean", "p99", "max", "interval"} <= set(report["gap"])
+    assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"])
+    assert report["gap"]["num_tokens"] >= 512
+    assert "<svg" in (tmp_path / "v.html").read_text()
+
+
+def test_artifact_runs_unchanged_in_onnxruntime_genai(run: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    rows = [json.loads(line) for line in (run / "artifact" / "task_sample.jsonl").read_text().splitlines()[:8]]
+    model = og.Model(str(run / "artifact"))
+    solved = 0
+    for row in rows:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(row["prompt_tokens"]) + 8, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(row["prompt_tokens"])
+        while not generator.is_done():
+            generator.generate_next_token()
+        text = og.Tokenizer(model).decode(generator.get_sequence(0)[len(row["prompt_tokens"]) :])
+        solved += text.strip() == row["columns"]["answer"]
+    assert solved >= 2
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("suffix", ["weight_Q4", "weight_scales"])
+def test_one_changed_byte_is_named(artifact: Path, tmp_path: Path, suffix: str) -> None:
+    from deploy_targets.weights_file import tensor_layout
+
+    name, (_, _, start, length) = next((n, e) for n, e in tensor_layout(artifact / "model.safetensors").items() if n.endswith(suffix))
+    flip(artifact / "model.safetensors", start + length // 2)
+    fails(hetero_rl("verify-deploy", artifact, cwd=tmp_path), 1, "model.safetensors", name)
+
+
+def test_one_changed_manifest_line_is_named(artifact: Path, tmp_path: Path) -> None:
+    manifest = artifact / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["tolerance"] *= 10
+    manifest.write_text(json.dumps(changed, indent=2))
+    fails(hetero_rl("verify-deploy", artifact, cwd=tmp_path), 1, "manifest.json", "tolerance")
+
+
+def test_changed_probe_is_named(artifact: Path, tmp_path: Path) -> None:
+    flip(artifact / "probes.safetensors", (artifact / "probes.safetensors").stat().st_size - 9)
+    fails(hetero_rl("verify-deploy", artifact, cwd=tmp_path), 1, "probes.safetensors")
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A run that was killed (SIGKILL) after its third step, its checkpoint being of the second."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hetero_rl", *TRAIN, "--run-dir", "run"], cwd=tmp_path, env=environment_of({}), stdout=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 4) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return tmp_path / "run"
+
+
+def test_resume_equals_uninterrupted(run: Path, killed: Path) -> None:
+    assert not (killed / "artifact").exists()
+    result = hetero_rl("train", "--resume", "--run-dir", killed, cwd=killed.parent)
+    assert result.returncode == 0, result.stderr
+    assert [exact(row) for row in read_metrics(killed)] == [exact(row) for row in read_metrics(run)]
+    assert sha256_of(killed / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+
+
+def test_resume_refuses_another_recipe(run: Path, tmp_path: Path) -> None:
+    result = hetero_rl("train", "--resume", "--run-dir", run, "--set", "learner.lr=1.0", cwd=tmp_path)
+    fails(result, 2, "learner.lr", "0.0001 -> 1.0")
+
+
+def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
+    settings = with_settings("loop.num_steps=500", "checkpoint.every_steps=400")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hetero_rl", *TRAIN, *settings, "--run-dir", "run"],
+        cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--resume" in out
+    assert "Traceback" not in err
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert checkpoint.name == f"step-{last:06d}"
+
+
+@pytest.mark.parametrize("signal_name", ["off", "loss", "advantage"])
+def test_every_signal_runs(signal_name: str, tmp_path: Path) -> None:
+    settings = with_settings(*SHORT_RUN, "loop.num_steps=2", f"constraint.signal={signal_name}", "algorithm.correction=tis")
+    result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(tmp_path / "run")[-1]["constraint/cost"] >= 0
+
+
+def test_several_updates_and_rare_publishes(tmp_path: Path) -> None:
+    settings = with_settings(*SHORT_RUN, "loop.publish_every=2", "learner.updates_per_rollout=2")
+    result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["weights/version"] for row in rows[1:]] == [0, 0, 1, 1]
+    assert rows[2]["constraint/staleness_gap"] > 0
+
+
+def test_dataset_and_reward_from_outside(tmp_path: Path) -> None:
+    """A dataset and a reward function written outside the project train with no change to the code."""
+    rows = [{"question": f"{a}+{b}=", "solution": str(a + b), "topic": "sums"} for a in range(100, 120) for b in range(100, 110)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def judge(prompts, completions, solution, topic, **columns):\n"
+        "    assert topic[0] == 'sums'\n"
+        "    return [None if not c else float(c.strip() == s) for c, s in zip(completions, solution, strict=True)]\n"
+    )
+    (tmp_path / "mine.toml").write_text(
+        '[task]\ntype = "dataset"\npath = "sums.jsonl"\nprompt_column = "question"\nanswer_column = "solution"\n'
+        'reward = "my_rewards:judge"\n'
+    )
+    short = with_settings(*SHORT_RUN[1:], "evaluation.num_final_problems=16")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    result = hetero_rl("train", "--target", "int4-onnx", "--config", "mine.toml", *short, "--run-dir", "run", cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(tmp_path / "run")[-1]["reward/mean"] > 0.1
+    without = hetero_rl("verify-deploy", "run/artifact", "--json", "a.json", cwd=tmp_path)
+    assert "never run by itself" in without.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["task_accuracy"] is None
+    hetero_rl("verify-deploy", "run/artifact", "--reward", "my_rewards:judge", "--json", "b.json", cwd=tmp_path, **environment)
+    assert json.loads((tmp_path / "b.json").read_text())["task_accuracy"] > 0.1
+
+
+def test_eval_and_report(run: Path, tmp_path: Path) -> None:
+    result = hetero_rl("eval", run, "--json", "e.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    assert numbers["eval/deployed_accuracy"] == read_metrics(run)[-1]["eval/deployed_accuracy"]
+    assert hetero_rl("report", run, "--out", "r.html", cwd=tmp_path).returncode == 0
+    assert "<svg" in (tmp_path / "r.html").read_text()
