@@ -49,7 +49,7 @@ def run_training(
         return 0
     if not resume:
         run = create_run(run_dir or default_run_dir(profile.name), config, profile)
-    _quiet()
+    _prepare_process()
     from hetero_rl.loop import train
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
@@ -84,7 +84,7 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
         raise UsageError(f"{out} exists already; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     _require_runnable(profile)
-    _quiet()
+    _prepare_process()
     from hetero_rl.export import export_artifact
     from hetero_rl.parts import assemble, newest_checkpoint, restore
     from hetero_rl.view import View
@@ -104,7 +104,7 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
     """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
     manifest = check_artifact(artifact)
     _require_runnable(manifest.profile)
-    _quiet()
+    _prepare_process()
     from hetero_rl.tasks.rewards import artifact_reward
 
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
@@ -143,7 +143,7 @@ def run_evaluation(
     else:
         config, profile = load_config(files, settings, target)
     _require_runnable(profile)
-    _quiet()
+    _prepare_process()
     from hetero_rl.loop import evaluate, measure_start
     from hetero_rl.parts import assemble, newest_checkpoint, restore
     from hetero_rl.view import View
@@ -215,8 +215,12 @@ def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> N
     )
 
 
-def _quiet() -> None:
-    """Keep libraries' chatter off the screen; what matters comes back as an error or a warning of ours."""
+def _prepare_process() -> None:
+    """Before anything heavy is imported: libraries' chatter off the screen, and threads that wait without burning a core.
+
+    Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+# As the command line sets them, before torch is imported: no hub, and threads that wait without burning a core.
+os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
+
 from tests.models import Family, tiny_model
 
 TinyModels = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _offline() -> None:
-    """No test may reach a hub."""
-    import os
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -27,31 +27,22 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-class TwinLinear(nn.Linear):
-    """A linear layer that computes with its weight, or, inside `twin(...)`, with its fake-quantized twin."""
+class _Twin(nn.Module):
+    """What both kinds of twin share: the name of the weight, its quantizer, and whether to compute with the rounded one."""
 
+    weight: Tensor
     weight_name: str
     quantizer: Quantizer
     as_twin: bool
     _rounded: Tensor | None
 
-    @classmethod
-    def around(cls, linear: nn.Linear, weight_name: str, quantizer: Quantizer) -> TwinLinear:
-        """Share the parameters of `linear`, which this layer replaces under the same names."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.weight_name, layer.quantizer, layer.as_twin, layer._rounded = weight_name, quantizer, False, None
-        return layer
+    def _adopt(self, weight_name: str, quantizer: Quantizer) -> None:
+        self.weight_name, self.quantizer, self.as_twin, self._rounded = weight_name, quantizer, False, None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """X @ W.T + b, with W rounded to the target's grid when `as_twin`."""
+    def active_weight(self) -> Tensor:
+        """The weight, or inside `twin(...)` the values the target computes with; kept until `forget`: micro-batches share them."""
         if not self.as_twin:
-            return super().forward(input)
-        return nn.functional.linear(input, self.rounded_weight(), self.bias)
-
-    def rounded_weight(self) -> Tensor:
-        """The weight as the target computes with it; kept until `forget`, because micro-batches share it."""
+            return self.weight
         if self._rounded is None:
             with torch.no_grad():
                 self._rounded = self.quantizer.dequantized(self.weight_name, self.weight)
@@ -62,20 +53,65 @@ class TwinLinear(nn.Linear):
         self._rounded = None
 
 
-def add_twin(model: nn.Module, quantizer: Quantizer) -> list[TwinLinear]:
-    """Replace every linear layer that `quantizer` quantizes by a `TwinLinear` over the same parameters, in place."""
-    layers = []
+class TwinLinear(nn.Linear, _Twin):
+    """A linear layer that computes with its weight, or with its fake-quantized twin."""
+
+    @classmethod
+    def around(cls, linear: nn.Linear, weight_name: str, quantizer: Quantizer) -> TwinLinear:
+        """Share the parameters of `linear`, which this layer replaces under the same names."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._adopt(weight_name, quantizer)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X @ W.T + b."""
+        return nn.functional.linear(input, self.active_weight(), self.bias)
+
+
+class TwinEmbedding(nn.Embedding, _Twin):
+    """An embedding that looks up its weight, or its fake-quantized twin (targets that store tied embeddings in few bits)."""
+
+    @classmethod
+    def around(cls, embedding: nn.Embedding, weight_name: str, quantizer: Quantizer) -> TwinEmbedding:
+        """Share the parameter of `embedding`, which this layer replaces under the same name."""
+        with torch.device("meta"):
+            layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        layer.weight = embedding.weight
+        layer._adopt(weight_name, quantizer)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of W."""
+        return nn.functional.embedding(input, self.active_weight(), self.padding_idx)
+
+
+TwinLayer = TwinLinear | TwinEmbedding
+
+
+def add_twin(model: nn.Module, quantizer: Quantizer) -> list[TwinLayer]:
+    """Replace every linear layer and embedding that `quantizer` quantizes by a twin over the same parameters, in place.
+
+    A tied output layer is quantized when its embedding is: a checkpoint holds the one weight under the embedding's name.
+    """
+    layers: list[TwinLayer] = []
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for module_name, module in list(model.named_modules()):
-        weight_name = f"{module_name}.weight"
-        if type(module) is nn.Linear and quantizer.quantizes(weight_name):
-            layer = TwinLinear.around(module, weight_name, quantizer)
-            model.set_submodule(module_name, layer)
-            layers.append(layer)
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        weight_name = names[module.weight]
+        if not quantizer.quantizes(weight_name):
+            continue
+        kind = TwinLinear if type(module) is nn.Linear else TwinEmbedding
+        layer: TwinLayer = kind.around(module, weight_name, quantizer)
+        model.set_submodule(module_name, layer)
+        layers.append(layer)
     return layers
 
 
 @contextmanager
-def twin(layers: list[TwinLinear]) -> Iterator[None]:
+def twin(layers: list[TwinLayer]) -> Iterator[None]:
     """Within the block, `layers` compute with their fake-quantized weights."""
     for layer in layers:
         layer.as_twin = True

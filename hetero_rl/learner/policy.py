@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hetero_rl.algorithm.signals import grey_box_kl
-from hetero_rl.learner.fake_quant import TwinLinear, twin
+from hetero_rl.learner.fake_quant import TwinLayer, twin
 
 
 class TokenStats(NamedTuple):
@@ -29,7 +29,7 @@ class Policy(nn.Module):
 
     lm: Any
 
-    def __init__(self, lm: nn.Module, twins: list[TwinLinear], chunk_elements: int) -> None:
+    def __init__(self, lm: nn.Module, twins: list[TwinLayer], chunk_elements: int) -> None:
         """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`."""
         super().__init__()
         self.lm = lm

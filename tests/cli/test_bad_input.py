@@ -28,7 +28,9 @@ ROWS: list[dict[str, object]] = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for
 
 
 def test_unknown_target(tmp_path: Path) -> None:
-    fails(hetero_rl("train", "--target", "int4-onx", cwd=tmp_path), 2, "unknown target 'int4-onx'", "Did you mean 'int4-onnx'?", "int4-vllm")
+    fails(
+        hetero_rl("train", "--target", "int4-onx", cwd=tmp_path), 2, "unknown target 'int4-onx'", "Did you mean 'int4-onnx'?", "int4-vllm"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -37,7 +39,10 @@ def test_missing_profile_file(tmp_path: Path) -> None:
 
 
 def test_profile_with_unknown_keys_lists_all(tmp_path: Path) -> None:
-    profile = write(tmp_path / "mine.toml", 'name = "x"\ndescription = "x"\nspeed = 3\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\nbitz = 4\n')
+    profile = write(
+        tmp_path / "mine.toml",
+        'name = "x"\ndescription = "x"\nspeed = 3\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\nbitz = 4\n',
+    )
     fails(hetero_rl("train", "--target", profile, cwd=tmp_path), 2, "speed: unknown key", "scheme.bitz: unknown key")
 
 
@@ -48,7 +53,8 @@ def test_profile_with_unknown_engine(tmp_path: Path) -> None:
 
 
 def test_missing_package_names_the_extra(tmp_path: Path) -> None:
-    text = 'name = "x"\ndescription = "x"\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\n[hardware]\npackages = ["no_such_runtime"]\nextra = "onnx"\n'
+    text = 'name = "x"\ndescription = "x"\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\n'
+    text += '[hardware]\npackages = ["no_such_runtime"]\nextra = "onnx"\n'
     result = hetero_rl("train", "--target", write(tmp_path / "mine.toml", text), cwd=tmp_path)
     fails(result, 2, "no_such_runtime", "hetero-rl[onnx]")
 
@@ -79,7 +85,12 @@ def test_value_out_of_range(tmp_path: Path) -> None:
 
 
 def test_updates_that_do_not_divide_the_prompts(tmp_path: Path) -> None:
-    fails(hetero_rl("train", "--set", "learner.updates_per_rollout=7", cwd=tmp_path), 2, "loop.prompts_per_step = 32", "updates_per_rollout = 7")
+    fails(
+        hetero_rl("train", "--set", "learner.updates_per_rollout=7", cwd=tmp_path),
+        2,
+        "loop.prompts_per_step = 32",
+        "updates_per_rollout = 7",
+    )
 
 
 def test_setting_without_equals(tmp_path: Path) -> None:

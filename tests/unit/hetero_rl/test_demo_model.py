@@ -19,7 +19,7 @@ from hetero_rl.tasks.config import ArithmeticConfig
 
 FOLDER = Path(hetero_rl.__file__).parent / "data" / "demo_model"
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_demo_model.py"
-WEIGHTS_SHA256 = "5443c1adb259857e00d64a8cc79c506ef202483df79ca92a27fc8cde9f79fdef"
+WEIGHTS_SHA256 = "907da17f1e702a9a3083ff4a5f80be63f9c64dfccc1637c1fecacd3e4886ff78"
 """What scripts/make_demo_model.py printed when the shipped file was made."""
 
 
@@ -57,7 +57,7 @@ def test_special_tokens_agree_with_the_config() -> None:
     assert len(tokenizer) <= config.vocab_size
 
 
-def test_it_gets_about_four_in_ten_heldout_problems_right() -> None:
+def test_it_gets_about_half_of_the_heldout_problems_right() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16).eval()
     task = load_task(ArithmeticConfig(), tokenizer, seed=0)

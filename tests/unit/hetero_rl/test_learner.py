@@ -60,7 +60,9 @@ def sequences(num: int = 12, seed: int = 0, longest: int = 9) -> list[TrainSeque
     for _ in range(num):
         tokens = generator.integers(3, 30, generator.integers(1, longest + 1)).astype(np.int32)
         prompt = tuple(generator.integers(3, 30, generator.integers(1, 8)).tolist())
-        made.append(TrainSequence(prompt, tokens, np.log(generator.uniform(0.01, 0.9, len(tokens))).astype(np.float32), float(generator.normal())))
+        made.append(
+            TrainSequence(prompt, tokens, np.log(generator.uniform(0.01, 0.9, len(tokens))).astype(np.float32), float(generator.normal()))
+        )
     return made
 
 
@@ -87,7 +89,9 @@ def test_scores_are_those_of_plain_transformers(make_learner: MakeLearner, model
     for sequence, score in zip(batch, make_learner(tokens_per_micro_batch=64, logit_chunk_elements=1024).score(batch), strict=True):
         with torch.no_grad():
             logits = lm(torch.tensor([sequence.tokens])).logits[0].float()
-        expected = logits.log_softmax(-1)[torch.arange(sequence.prompt_len - 1, len(sequence.tokens) - 1), torch.tensor(sequence.tokens[sequence.prompt_len :])]
+        expected = logits.log_softmax(-1)[
+            torch.arange(sequence.prompt_len - 1, len(sequence.tokens) - 1), torch.tensor(sequence.tokens[sequence.prompt_len :])
+        ]
         assert np.abs(score.logps - expected.numpy()).max() < 0.03  # bf16: the order of sums differs with the padding
         assert (score.greedy_tokens == logits[sequence.prompt_len - 1 : -1].argmax(-1).numpy()).mean() > 0.8
 
