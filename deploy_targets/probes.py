@@ -120,9 +120,8 @@ def _length_problems(arrays: dict[str, NDArray[Any]]) -> list[str]:
         return ["there is not one sequence"]
     lengths = np.diff(offsets)
     if len(prompt_lens) != len(lengths) or offsets[0] != 0 or offsets[-1] != len(arrays["tokens"]):
-        return [
-            f"offsets {offsets[0]}..{offsets[-1]} of {len(lengths)} sequences, {len(prompt_lens)} prompts, {len(arrays['tokens'])} tokens"
-        ]
+        counts = f"{len(lengths)} sequences do not fit {len(prompt_lens)} prompts and {len(arrays['tokens'])} tokens"
+        return [f"offsets {offsets[0]}..{offsets[-1]} of {counts}"]
     odd = np.flatnonzero((prompt_lens < 1) | (prompt_lens >= lengths))
     problems = [f"sequence {index}: prompt_len {prompt_lens[index]} of {lengths[index]} tokens" for index in odd]
     num_scored = int((lengths - prompt_lens).sum())

@@ -99,11 +99,7 @@ def _facts(report: Report) -> list[tuple[str, str, str]]:
     return [
         ("Mean gap", number(gap.mean), interval),
         ("Tolerance", number(manifest.tolerance), f"floor {number(manifest.floor)}"),
-        (
-            "Greedy agreement",
-            NOTHING if gap.greedy_agreement is None else f"{gap.greedy_agreement:.1%}",
-            f"{gap.num_tokens:,} probe tokens",
-        ),
+        ("Greedy agreement", agreement, f"{gap.num_tokens:,} probe tokens"),
         ("Task accuracy", NOTHING if task.accuracy is None else f"{task.accuracy:.1%}", judged),
         ("Generation", number(task.generate_tokens_per_s), "tokens/s, greedy"),
     ]

@@ -1,0 +1,56 @@
+"""A real artifact on the fake engine: tiny model, golden probes that the engine itself answered, task sample, manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from deploy_targets.artifact import PROBES_FILE, TASK_SAMPLE_FILE, Manifest, SamplingRecord, TaskRecord, write_manifest
+from deploy_targets.engines.fake import FakeEngine
+from deploy_targets.probes import Probe, ProbeSet, write_probes
+from deploy_targets.profile import GateSpec, load_profile
+from deploy_targets.types import Sampling, TokenSequence
+from tests.models import EOS_ID
+
+VERSION = 3
+Shift = Callable[[np.ndarray], np.ndarray]
+
+
+def make_artifact(
+    model_dir: Path,
+    folder: Path,
+    *,
+    num_sequences: int = 20,
+    shift: Shift = lambda logps: logps,
+    tolerance: float = 0.01,
+    accuracy: float | None = 1.0,
+    gates: GateSpec | None = None,
+) -> Manifest:
+    """Probes of `num_sequences` x 20 tokens whose learner log-probs are `shift` of the fake engine's own."""
+    shutil.copytree(model_dir, folder)
+    engine = FakeEngine(folder, {}, VERSION)
+    prompts = [[3 + i % 10, 13, 4 + i % 7, 17] for i in range(num_sequences)]
+    generations = engine.generate(prompts, Sampling(max_tokens=20, seed=1))
+    sequences = [TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations]
+    scores = engine.score(sequences)
+    probes = [Probe(seq, shift(s.logps).astype(np.float32), s.greedy_tokens) for seq, s in zip(sequences, scores, strict=True)]
+    write_probes(folder / PROBES_FILE, ProbeSet(tuple(probes), 1.0, VERSION))
+    rows = [{"prompt_tokens": prompt, "prompt": f"p{i}", "columns": {"answer": i}} for i, prompt in enumerate(prompts)]
+    (folder / TASK_SAMPLE_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    engine.close()
+    profile = load_profile("fake").model_copy(update={"gates": gates or GateSpec()})
+    return write_manifest(
+        folder,
+        profile=profile,
+        weight_version=VERSION,
+        source_model="tiny",
+        floor=0.004,
+        tolerance=tolerance,
+        sampling=SamplingRecord(max_tokens=8, stop_token_ids=(EOS_ID,)),
+        final_gap=0.006,
+        task=None if accuracy is None else TaskRecord(accuracy=accuracy, num_problems=num_sequences, reward="exact"),
+    )
