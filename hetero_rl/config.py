@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy_targets.errors import ProfileError, UsageError
 from deploy_targets.profile import TargetProfile, load_profile, validation_lines
-from hetero_rl.tasks.config import ArithmeticConfig, TaskConfig
+from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
 
 
 class _Table(BaseModel):
@@ -275,15 +275,12 @@ def _dig(tree: Mapping[str, Any], *keys: str, default: Any) -> Any:
 
 
 def _known_keys_hint(error: ValidationError) -> str:
+    """The keys there are, for the first table that was given an unknown one."""
+    tables: dict[str, type[BaseModel]] = {"arithmetic": ArithmeticConfig, "dataset": DatasetConfig}
+    tables |= {name: field.annotation for name, field in RunConfig.model_fields.items() if isinstance(field.annotation, type)}
     for item in error.errors():
-        if item["type"] != "extra_forbidden":
-            continue
-        model: Any = RunConfig
-        for part in item["loc"][:-1]:
-            field = getattr(model, "model_fields", {}).get(part)
-            model = field.annotation if field is not None else None
-        known = getattr(model, "model_fields", None)
-        if known:
-            table = ".".join(str(part) for part in item["loc"][:-1]) or "the top level"
-            return f"Known keys of {table}: {', '.join(known)}"
+        if item["type"] == "extra_forbidden":
+            table = str(item["loc"][-2]) if len(item["loc"]) > 1 else ""
+            known = tables[table].model_fields if table in tables else RunConfig.model_fields
+            return f"Known keys of {table or 'the top level'}: {', '.join(known)}"
     return ""

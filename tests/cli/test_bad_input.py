@@ -136,7 +136,7 @@ def test_empty_dataset(tmp_path: Path) -> None:
     ("body", "fragments"),
     [
         ("raise KeyError('oh no')", ("oh no", "completion")),
-        ("return [1.0]", ("1", "32")),
+        ("return [1.0]", ("gave 1 numbers for",)),
         ("return ['good'] * len(completions)", ("good",)),
     ],
 )
