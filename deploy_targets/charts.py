@@ -94,7 +94,16 @@ def bar_chart(
         low, high = (intervals or {}).get(name, (bars[name], bars[name]))
         if high > low:
             axes.plot([low, high], [index, index], color=_TEXT, linewidth=1.4, marker="|", markersize=9)
-        axes.text(max(bars[name], high) + 0.02 * top, index, f"{bars[name]:.3g}", va="center", ha="left", parse_math=False)
+        axes.text(
+            max(bars[name], high) + 0.02 * top,
+            index,
+            f"{bars[name]:.3g}",
+            va="center",
+            ha="left",
+            color=_TEXT,
+            fontsize=9,
+            parse_math=False,
+        )
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlim(0, 1.18 * top)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -131,7 +140,7 @@ def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
         axes.set_axisbelow(True)
         axes.tick_params(length=3)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(6))
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return figure, axes
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 SENTENCES: Mapping[Verdict, str] = {
     "pass": "What this machine serves is what was trained: every gate is met.",
-    "warn": "This machine serves what was trained, but at least one gate is near its bound.",
+    "warn": "This machine serves what was trained, but at least one measure is beyond its warning bound.",
     "undecided": "There is too little evidence to tell whether this machine serves what was trained.",
-    "fail": "What this machine serves is not what was trained: at least one gate is not met.",
+    "fail": "Do not deploy this here: at least one gate is not met.",
 }
 GATE_TITLES = {
     "gap_mean": "Mean gap / tolerance",
@@ -172,6 +172,6 @@ def _charts(report: Report) -> list[tuple[str, str]]:
                 y_label="mean |Δp|",
                 horizontal={"tolerance": manifest.tolerance},
             ),
-            "A gap that grows along the response points at the KV cache; one at the start, at the prompt's prefill.",
+            "A gap that grows along the response may come from the KV cache; one at the start, from the prompt's prefill.",
         ),
     ]

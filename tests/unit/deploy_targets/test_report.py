@@ -124,12 +124,15 @@ def test_charts_are_wellformed_repeatable_and_take_any_label(kind: str) -> None:
     svg = CHARTS[kind](label)
     root = ElementTree.fromstring(svg)
     assert root.get("aria-label") == label
-    texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert label in texts
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    assert label in {"".join(text.itertext()).strip() for text in texts}
+    assert all("fill: currentColor" in text.get("style", "") for text in texts), "matplotlib leaves out black, the default of SVG"
     assert svg == CHARTS[kind](label)
     assert "currentColor" in svg
     assert "var(--chart-1" in svg
     assert "<style" not in svg
+    drawn = {value for element in root.iter() for value in re.findall(r"(?:fill|stroke): ?([^;]+)", element.get("style", ""))}
+    assert all(value in ("none", "currentColor") or value.startswith("var(") for value in drawn), drawn
     assert root.get("width") is None
 
 
