@@ -219,6 +219,7 @@ class VllmEngine:
         """Shut the engine core down and free its memory."""
         llm, self._llm = self._llm, None
         if llm is not None:
+            # `LLM` has no shutdown of its own (up to 0.32); without one the memory is freed when the interpreter ends.
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()

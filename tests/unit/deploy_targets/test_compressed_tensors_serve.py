@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deploy_targets.catalog import make_quantizer, open_engine
-from deploy_targets.engines.process import child_environment
+from deploy_targets.engines.environment import child_environment
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.types import WEIGHTS_FILE, Sampling
 from deploy_targets.weights_file import write_weights

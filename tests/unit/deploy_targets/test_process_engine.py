@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from deploy_targets.catalog import make_quantizer, open_engine_here
-from deploy_targets.engines.process import ProcessEngine, child_environment, num_usable_cores
+from deploy_targets.engines.environment import child_environment, num_usable_cores
+from deploy_targets.engines.process import ProcessEngine
 from deploy_targets.errors import ArtifactError, EngineError, ProfileError, UnknownNameError, UsageError
 from deploy_targets.profile import EngineSpec, TargetProfile, load_profile
 from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFile

@@ -1,0 +1,100 @@
+"""What the contract suite runs on: every shipped target, opened on tiny models as a training run does it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deploy_targets.catalog import make_quantizer, open_engine
+from deploy_targets.profile import TargetProfile, load_profile
+from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, WeightFile
+from deploy_targets.weights_file import write_weights
+
+MAX_MODEL_LEN = 48
+LOGP_TOLERANCE_NATS = {"fake": 1e-5, "bf16-transformers": 0.1, "int4-vllm": 0.1, "int4-onnx": 1e-3}
+"""How far two ways of computing the same log-prob may differ (decode or prefill, one or many): bf16 against float32 arithmetic."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A profile, two versions of a model in its checkpoint format, and the folder it is served from."""
+
+    profile: TargetProfile
+    quantizer: Quantizer
+    model_dir: Path
+    folder: Path
+    versions: dict[int, Path]
+
+    @property
+    def tolerance(self) -> float:
+        return LOGP_TOLERANCE_NATS[self.profile.name]
+
+    def open(self, weight_version: int = 1) -> Engine:
+        return open_engine(self.profile, self.folder, weight_version)
+
+    def weights(self, version: int, weight_version: int) -> WeightFile:
+        return WeightFile(self.versions[version], weight_version)
+
+
+def make_target(name: str, model_dir: Path, folder: Path) -> Target:
+    profile = load_profile(name)
+    missing = [package for package in profile.hardware.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{name} needs {', '.join(missing)}")
+    profile = profile.model_copy(update={"max_model_len": MAX_MODEL_LEN})
+    quantizer = make_quantizer(profile, model_dir)
+    first = load_file(model_dir / WEIGHTS_FILE)
+    assert quantizer.offenders({name: tuple(tensor.shape) for name, tensor in first.items()}) == []
+    generator = torch.Generator().manual_seed(1)
+    second = {key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for key, tensor in first.items()}
+    served, updates = folder / "served", folder / "updates"
+    served.mkdir()
+    updates.mkdir()
+    versions = {1: updates / "one.safetensors", 2: updates / "two.safetensors"}
+    for version, tensors in {1: first, 2: second}.items():
+        write_weights(versions[version], quantizer.quantize(tensors.items()), 4 * len(tensors) + 16)
+    (served / WEIGHTS_FILE).write_bytes(versions[1].read_bytes())
+    quantizer.scaffold(model_dir, served)
+    return Target(profile, quantizer, model_dir, served, versions)
+
+
+def random_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 20) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 36, size=rng.integers(shortest, longest + 1)).tolist() for _ in range(count)]
+
+
+def random_sequences(count: int, seed: int = 0) -> list[TokenSequence]:
+    prompts, responses = random_prompts(count, seed), random_prompts(count, seed + 1)
+    return [TokenSequence((*prompt, *response), len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def all_logps(scores: list[TokenScores]) -> NDArray[np.float32]:
+    return np.concatenate([score.logps for score in scores])
+
+
+def largest_gap(first: list[TokenScores], second: list[TokenScores]) -> float:
+    """Largest absolute difference of two lists of scores, nats; NaN when any log-prob is."""
+    return float(np.abs(all_logps(first) - all_logps(second)).max())
+
+
+def reference_logps(target: Target, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+    """The scores of transformers in float32, with the weights that the quantizer says the engine computes with."""
+    model = AutoModelForCausalLM.from_pretrained(target.model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(target.quantizer.dequantized(name, parameter))
+        logps = []
+        for sequence in sequences:
+            log_probs = torch.log_softmax(model(torch.tensor([sequence.tokens])).logits[0], dim=-1)
+            given = torch.tensor(sequence.tokens[sequence.prompt_len :])
+            logps.append(log_probs[sequence.prompt_len - 1 : -1].gather(1, given[:, None])[:, 0].numpy())
+    return np.concatenate(logps)
