@@ -11,14 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_targets.preflight import check_target
-from deploy_targets.report import print_table, write_html
-
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EXIT_INTERRUPTED, UsageError
+from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import TargetProfile
+from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, load_config
 from hetero_rl.errors import RunFolderError
@@ -110,7 +109,7 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
     if manifest.task is not None and reward is None:
         console.print(
-            f"[yellow]warning:[/yellow] the task accuracy is not measured: the artifact was trained with the reward {manifest.task.reward!r}, "
+    XX
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
             soft_wrap=True,
         )
@@ -181,12 +180,8 @@ def _resumed(
     run, old, profile = open_run(run_dir)
     if target is None and not files and not settings:
         return run, old, profile
-    # Settings are laid over the run's own, so that --resume --set loop.num_steps=200 is enough.
-    if files:
-        new, _ = load_config(files, settings, target)
-    else:
-        base = run.path / "config.json"
-        new, _ = load_config([base], settings, target)
+    # Settings are laid over the run's own, so that --resume --set evaluation.every_steps=5 is enough.
+    new, _ = load_config(files, settings, target, base=old)
     check_same_run(old, new)
     return run, new, profile
 
@@ -201,7 +196,6 @@ def _require_runnable(profile: TargetProfile) -> None:
 
 def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> None:
     from deploy_targets.preflight import preflight
-
     from hetero_rl.model import resolve_model
     from hetero_rl.parts import check_lengths
 

@@ -195,20 +195,23 @@ class RunConfig(_Table):
         return self
 
 
-def load_config(files: Sequence[Path], settings: Sequence[str] = (), target: str | None = None) -> tuple[RunConfig, TargetProfile]:
+def load_config(
+    files: Sequence[Path], settings: Sequence[str] = (), target: str | None = None, base: RunConfig | None = None
+) -> tuple[RunConfig, TargetProfile]:
     """Merge TOML `files` (later wins), the profile's recommended `[constraint]` (below them), and `settings` (`a.b=c`, above all).
 
     Args:
         files: TOML files; none gives the defaults, which are the demo.
         settings: `table.key=value`; the value is read as TOML, and as a plain string where it is not TOML.
         target: What --target said; wins over `[target] name`.
+        base: A config that everything else is laid over (a resumed run's own); None is the defaults.
 
     Raises:
         UsageError: a file that is missing or unreadable, or a setting without `=`.
         ProfileError: every unknown key and every value of a wrong type or range, at once.
         UnknownNameError: the target does not exist.
     """
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = {} if base is None else base.model_dump(mode="json")
     for file in files:
         _merge(merged, _read_toml(file))
     for setting in settings:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from deploy_targets.preflight import check_target
 from rich.table import Table
 
 from deploy_targets.hardware import describe_machine, package_versions
+from deploy_targets.preflight import check_target
 from deploy_targets.profile import load_profile, shipped_profiles
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy_targets.preflight import preflight
-
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
+from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState, checkpoints, load_state
