@@ -109,7 +109,7 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
     if manifest.task is not None and reward is None:
         console.print(
-    XX
+            f"[yellow]warning:[/yellow] the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
             soft_wrap=True,
         )
