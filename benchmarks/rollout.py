@@ -1,0 +1,142 @@
+"""Tokens per second through our engines against the runtimes under them, on the same requests, in turns.
+
+int4-vllm: `ProcessEngine` (its own process, results over a socket) against `vllm.LLM.generate` called inside an equal process.
+int4-onnx: `OnnxRuntimeEngine` against a hand-written decode loop (bare_onnx.py), in the faster of two thread layouts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import bare_onnx, models
+from benchmarks.common import Measurement, arguments, in_turns, measurement, write
+from benchmarks.worker import Worker, serve
+from deploy_targets.catalog import open_engine
+from deploy_targets.engines.environment import child_environment
+from deploy_targets.profile import TargetProfile
+from deploy_targets.types import Sampling
+
+PROMPT_TOKENS = 8
+RATIO_OF = "tokens/s of the wrapper / of the raw runtime"
+Prompts = list[list[int]]
+Run = tuple[float, int]
+"""Seconds and sampled tokens of one call."""
+
+
+def wrapper_body(connection: Connection, profile: TargetProfile, folder: Path, prompts: Prompts, group_size: int, max_tokens: int) -> None:
+    """Answers with (seconds, sampled tokens) of one `generate` of our engine."""
+    engine = open_engine(profile, folder, 0)
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
+
+    def generate(seed: int) -> Run:
+        start = time.perf_counter()
+        generations = engine.generate(repeated, Sampling(max_tokens, seed=seed))
+        return time.perf_counter() - start, sum(len(generation.tokens) for generation in generations)
+
+    try:
+        serve(connection, generate)
+    finally:
+        engine.close()
+
+
+def raw_vllm_body(connection: Connection, profile: TargetProfile, folder: Path, prompts: Prompts, group_size: int, max_tokens: int) -> None:
+    """Answers with (seconds, sampled tokens) of one `vllm.LLM.generate`, with the arguments that our engine gives it."""
+    import torch
+    import vllm
+
+    options = profile.engine.options
+    llm = vllm.LLM(
+        model=str(folder),
+        dtype="bfloat16",
+        enforce_eager=options["enforce_eager"],
+        kv_cache_memory_bytes=int(options["kv_cache_gib"] * 2**30),
+        # The tiny models have 512 positions; the target allows more than either side needs.
+        max_model_len=512,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+        load_format="safetensors",
+        disable_log_stats=True,
+    )
+    params = vllm.SamplingParams(
+        n=group_size, temperature=1.0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False
+    )
+
+    def generate(seed: int) -> Run:
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return seconds, sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+
+    try:
+        serve(connection, generate)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def speeds(sides: dict[str, Callable[[int], Run]], rounds: int, num_tokens: int) -> dict[str, list[float]]:
+    """Tokens per second of each side, round by round; every round has a seed of its own. Two warm-up rounds."""
+    seeds = {side: count() for side in sides}
+
+    def run(side: str) -> float:
+        seconds, sampled = sides[side](next(seeds[side]))
+        if sampled != num_tokens:
+            raise RuntimeError(f"{side} sampled {sampled} tokens instead of {num_tokens}")
+        return sampled / seconds
+
+    return in_turns({side: lambda side=side: run(side) for side in sides}, rounds, warmups=2)
+
+
+def measure_onnx(folder: Path, profile: TargetProfile, prompts: Prompts, group_size: int, max_tokens: int, rounds: int) -> Measurement:
+    """The ONNX engine against the bare loop."""
+    num_threads = profile.engine.options["num_threads"]
+    with ExitStack() as stack:
+        ours = stack.enter_context(Worker(wrapper_body, profile, folder, prompts, group_size, max_tokens))
+        bare = stack.enter_context(Worker(bare_onnx.body, folder, prompts, group_size, max_tokens, num_threads))
+        sides: dict[str, Callable[[int], Run]] = {"wrapper": ours}
+        sides |= {layout: lambda seed, layout=layout: bare(layout, seed) for layout in ("one_batch", "rows_split")}
+        found = speeds(sides, rounds, len(prompts) * group_size * max_tokens)
+    baseline = [max(pair) for pair in zip(found["one_batch"], found["rows_split"], strict=True)]
+    layouts: dict[str, Any] = {"one_batch_runs": found["one_batch"], "rows_split_runs": found["rows_split"]}
+    return measurement(found["wrapper"], "tokens/s", baseline=baseline, ratio_of=RATIO_OF, **layouts)
+
+
+def measure_vllm(folder: Path, profile: TargetProfile, prompts: Prompts, group_size: int, max_tokens: int, rounds: int) -> Measurement:
+    """Our process border around vLLM against vLLM called directly, both under the environment that the border sets up."""
+    request = (profile, folder, prompts, group_size, max_tokens)
+    environ = {**child_environment(profile, os.environ), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_INT4_W4A8": "1"}
+    with Worker(wrapper_body, *request) as ours, Worker(raw_vllm_body, *request, environ=environ) as raw:
+        found = speeds({"wrapper": ours, "raw": raw}, rounds, len(prompts) * group_size * max_tokens)
+    return measurement(found["wrapper"], "tokens/s", baseline=found["raw"], ratio_of=RATIO_OF)
+
+
+def main() -> None:
+    options = arguments("rollout", __doc__, rounds=9)
+    num_prompts, group_size, max_tokens = (4, 4, 16) if options.quick else (32, 8, 64)
+    cases = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model_dir = models.tiny(folder / "model", quick=options.quick)
+        model = models.describe(model_dir)
+        prompts: Prompts = np.random.default_rng(0).integers(3, model["vocab_size"], size=(num_prompts, PROMPT_TOKENS)).tolist()
+        for target, measure in (("int4-onnx", measure_onnx), ("int4-vllm", measure_vllm)):
+            profile = models.profile_for(target, options.threads)
+            served = models.serving_folder(profile, model_dir, folder / target)
+            cases[target] = measure(served, profile, prompts, group_size, max_tokens, options.rounds)
+    settings = {"model": model, "num_prompts": num_prompts, "samples_per_prompt": group_size, "prompt_tokens": PROMPT_TOKENS}
+    write(options, cases, "int4-onnx", {**settings, "response_tokens": max_tokens})
+
+
+if __name__ == "__main__":
+    main()
