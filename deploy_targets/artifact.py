@@ -2,7 +2,7 @@
 
     model.safetensors      the weights the engine last served, in the target's checkpoint format
     config, graph, ...     engine-native files, tokenizer.json
-    probes.safetensors     golden probes: token sequences with the learner's log-probs (`probes.py`)
+    probes.st     golden probes: token sequences with the learner's log-probs (`probes.py`)
     task_sample.jsonl      optional: prompts on which task accuracy is measured on the target
     manifest.json          written last: an artifact with a manifest is complete
 
@@ -40,7 +40,8 @@ __all__ = [
     "check_artifact", "checked_layout", "read_manifest", "write_atomically", "write_manifest",
 ]  # fmt: skip
 
-PROBES_FILE = "probes.safetensors"
+PROBES_FILE = "probes.st"
+"""A safetensors file that is not named so: vLLM loads every *.safetensors of a folder as weights."""
 TASK_SAMPLE_FILE = "task_sample.jsonl"
 
 

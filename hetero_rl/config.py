@@ -83,7 +83,7 @@ class ConstraintConfig(_Table):
 
     signal: Literal["off", "grey_box", "loss", "advantage"] = "grey_box"
     """How the penalty reaches the gradient (docs/algorithm.md); `off` only measures."""
-    tolerance: float = Field(0.7, gt=0)
+    tolerance: float = Field(1.0, gt=0)
     """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
     tolerance_unit: Literal["floor", "absolute"] = "floor"
     """`floor`: multiples of the gap measured at the start with the same weights on both sides."""
@@ -91,11 +91,11 @@ class ConstraintConfig(_Table):
     """Response tokens the floor is measured on."""
     controller: Literal["dual", "fixed"] = "dual"
     """`dual`: projected dual ascent; `fixed`: lambda stays at `lambda_init`."""
-    lambda_init: float = Field(0.3, ge=0)
-    """Multiplier at the first step."""
+    lambda_init: float = Field(1.0, ge=0)
+    """Multiplier at the first step; `lambda_max` bounds it."""
     lambda_max: float | None = Field(None, gt=0)
-    """Projection bound; unset: 2.0 for `grey_box`, 0.3 for the signals that hold the engine constant and can destroy a run."""
-    eta: float = Field(0.05, gt=0)
+    """Projection bound; unset: 4.0 for `grey_box`, 0.3 for the signals that hold the engine constant and can destroy a run."""
+    eta: float = Field(0.1, gt=0)
     """Step of the dual ascent per unit of relative violation."""
     ema: float = Field(0.9, ge=0, lt=1)
     """Decay of the average of the gap that the controller sees."""
@@ -107,7 +107,7 @@ class ConstraintConfig(_Table):
         """`lambda_max`, or the default of the signal."""
         if self.lambda_max is not None:
             return self.lambda_max
-        return 2.0 if self.signal == "grey_box" else 0.3
+        return 4.0 if self.signal == "grey_box" else 0.3
 
 
 class LoopConfig(_Table):

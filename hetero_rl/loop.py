@@ -139,7 +139,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     floor = measure_floor(gaps, seed=config.loop.seed)
     probes = sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]
     reference_gap = parts.publisher.calibrate(probes)
-    multiplier = config.constraint.lambda_init if config.constraint.signal != "off" else 0.0
+    multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
     tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
     return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap)
 

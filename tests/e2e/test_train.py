@@ -131,8 +131,8 @@ def test_one_changed_manifest_line_is_named(artifact: Path, tmp_path: Path) -> N
 
 
 def test_changed_probe_is_named(artifact: Path, tmp_path: Path) -> None:
-    flip(artifact / "probes.safetensors", (artifact / "probes.safetensors").stat().st_size - 9)
-    fails(hetero_rl("verify-deploy", artifact, cwd=tmp_path), 1, "probes.safetensors")
+    flip(artifact / "probes.st", (artifact / "probes.st").stat().st_size - 9)
+    fails(hetero_rl("verify-deploy", artifact, cwd=tmp_path), 1, "probes.st")
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_dataset_and_reward_from_outside(tmp_path: Path) -> None:
         '[task]\ntype = "dataset"\npath = "sums.jsonl"\nprompt_column = "question"\nanswer_column = "solution"\n'
         'reward = "my_rewards:judge"\n'
     )
-    short = with_settings(*SHORT_RUN[1:], "evaluation.num_final_problems=16")
+    short = with_settings(*SHORT_RUN, "evaluation.num_final_problems=16")
     environment = {"PYTHONPATH": str(tmp_path)}
     result = hetero_rl("train", "--target", "int4-onnx", "--config", "mine.toml", *short, "--run-dir", "run", cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr

@@ -71,7 +71,7 @@ def test_measurement() -> None:
     [
         {"median": 2.5},
         {"low": 1.0},
-        {"ratio_median": 3.0},
+        {"ratio_median": 3.5},
         {"ratio_of": None},
         {"baseline_runs": [1.0]},
         {"runs": []},

@@ -1,8 +1,7 @@
-"""The W4A16 folder in vLLM's own server, unchanged, against our own engine on the same folder."""
+"""vLLM's own OpenAI-compatible server on a folder, for tests."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,19 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-from safetensors.torch import load_file
-
-from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.engines.environment import child_environment
-from deploy_targets.profile import TargetProfile, load_profile
-from deploy_targets.types import WEIGHTS_FILE, Sampling
-from deploy_targets.weights_file import write_weights
-from tests.conftest import TinyModels
-
-pytest.importorskip("vllm.version")
-
-PROMPTS = [[5, 9, 7, 21], [11, 12], [30, 8, 8, 4, 19, 6]]
+from deploy_targets.profile import TargetProfile
 
 
 @contextmanager
@@ -77,28 +65,3 @@ def vllm_server(profile: TargetProfile, folder: Path, log: Path) -> Iterator[str
                 server.wait(15)
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-
-
-@pytest.mark.slow
-def test_vllms_server_says_what_our_engine_says(tiny_models: TinyModels, tmp_path: Path) -> None:
-    model_dir = tiny_models("qwen3")
-    profile = load_profile("int4-vllm")
-    quantizer = make_quantizer(profile, model_dir)
-    folder = tmp_path / "served"
-    folder.mkdir()
-    tensors = load_file(model_dir / WEIGHTS_FILE)
-    write_weights(folder / WEIGHTS_FILE, quantizer.quantize(tensors.items()), 4 * len(tensors))
-    quantizer.scaffold(model_dir, folder)
-
-    engine = open_engine(profile, folder, weight_version=1)
-    try:
-        ours = [generation.tokens.tolist() for generation in engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0))]
-    finally:
-        engine.close()
-
-    with vllm_server(profile, folder, tmp_path / "serve.log") as url:
-        body = {"model": str(folder), "prompt": PROMPTS, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
-            choices = sorted(json.load(response)["choices"], key=lambda choice: choice["index"])
-    assert [choice["token_ids"] for choice in choices] == ours
