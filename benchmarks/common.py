@@ -101,6 +101,7 @@ def arguments(name: str, description: str | None, rounds: int = 7) -> argparse.N
     parsed = parser.parse_args()
     parsed.rounds = parsed.rounds or (2 if parsed.quick else rounds)
     parsed.name = name
+    parsed.load_average = os.getloadavg()[0]
     parsed.out = parsed.out or (None if parsed.quick else RESULTS / f"{name}.json")
     return parsed
 
@@ -129,7 +130,7 @@ def write(options: argparse.Namespace, cases: dict[str, Measurement], headline: 
         "num_threads": options.threads,
         "rounds": options.rounds,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "load_average_1_min": os.getloadavg()[0],
+        "load_average_1_min_at_start": options.load_average,
     }
     record = Record.model_validate(
         {

@@ -59,6 +59,7 @@ def raw_vllm_body(connection: Connection, profile: TargetProfile, folder: Path, 
         model=str(folder),
         dtype="bfloat16",
         enforce_eager=options["enforce_eager"],
+        enable_prefix_caching=True,
         kv_cache_memory_bytes=int(options["kv_cache_gib"] * 2**30),
         # The tiny models have 512 positions; the target allows more than either side needs.
         max_model_len=512,
