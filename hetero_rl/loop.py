@@ -35,6 +35,7 @@ from hetero_rl.types import TrainSequence
 from hetero_rl.view import View
 
 NUM_PROOF_PROBES = 16
+PROOF_RESPONSE_TOKENS = 16
 FLOOR_STEPS = 1_000_000_000
 
 
@@ -137,11 +138,16 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         sequences += drawn
         num_tokens, batch = sum(len(gap) for gap in gaps), batch + 1
     floor = measure_floor(gaps, seed=config.loop.seed)
-    probes = sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]
+    probes = [shortened(sequence) for sequence in sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]]
     reference_gap = parts.publisher.calibrate(probes)
     multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
     tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
     return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap)
+
+
+def shortened(sequence: TokenSequence) -> TokenSequence:
+    """The beginning of a response is proof enough, and every publish pays for it."""
+    return TokenSequence(sequence.tokens[: sequence.prompt_len + PROOF_RESPONSE_TOKENS], sequence.prompt_len)
 
 
 def controller(config: RunConfig, tolerance: float) -> DualConfig:

@@ -41,6 +41,8 @@ def child_environment(profile: TargetProfile, environ: Mapping[str, str]) -> dic
     along, yields while it spins: as fast, and no collapse. Without it, waiting threads sleep (a fifth to a third slower).
     """
     environment = {key: value for key, value in environ.items() if key not in _FOREIGN_VARIABLES and not key.startswith("TORCHELASTIC_")}
+    if environment.get("OMP_WAIT_POLICY") == "PASSIVE":
+        del environment["OMP_WAIT_POLICY"]  # what the command line sets for the learner; each engine has a choice of its own below
     defaults = dict(_ENGINE_DEFAULTS.get(profile.engine.name, {}))
     intel_openmp = _intel_openmp() if profile.engine.name == "vllm" else None
     preloaded = environment.get("LD_PRELOAD", "")
