@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deploy_targets.errors import EngineError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling
+from hetero_rl.errors import RewardError
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.types import Rollouts, TrainSequence
 
@@ -47,7 +48,15 @@ def accuracy(task: Task, problems: Sequence[Problem], responses: Sequence[Sequen
 
 
 def train_sequences(rollouts: Rollouts, advantages: NDArray[np.float32]) -> list[TrainSequence]:
-    """The responses that have a reward, with their advantage; the others teach nothing and are left out."""
+    """The responses that have a reward, with their advantage; the others teach nothing and are left out.
+
+    Raises `RewardError` when none has one.
+    """
+    if not np.isfinite(rollouts.rewards).any():
+        raise RewardError(
+            f"the reward function gave None for all {rollouts.rewards.size} responses of the step; the first prompt was "
+            f"{rollouts.problems[0].prompt!r}. Return a number for every response it can judge"
+        )
     return [
         TrainSequence(generation.prompt, generation.tokens, generation.logps, float(advantage))
         for generation, advantage, reward in zip(rollouts.generations, advantages.ravel(), rollouts.rewards.ravel(), strict=True)
