@@ -1,0 +1,95 @@
+"""The publisher with a real learner and a real engine: swap, proof, rebuild, refusal of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deploy_targets.catalog import make_quantizer
+from deploy_targets.errors import EngineError, WeightsError
+from deploy_targets.profile import load_profile
+from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
+from deploy_targets.weights_file import sha256_of
+from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
+from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.publish import Publisher
+from hetero_rl.types import TrainSequence
+from tests.conftest import TinyModels
+
+PROBES = [TokenSequence(tuple(range(3 + i, 15 + i)), 4) for i in range(8)]
+
+
+@pytest.fixture
+def publisher(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Publisher]:
+    model_dir, profile = tiny_models("qwen3"), load_profile("int4-onnx")
+    quantizer = make_quantizer(profile, model_dir)
+    config = LearnerConfig(lr=1e-2, warmup_steps=0)
+    learner = Learner(
+        model_dir, quantizer, config, AlgorithmConfig(), ConstraintConfig(signal="off"), temperature=1.0, num_updates=9, seed=0
+    )
+    publisher = Publisher(learner, quantizer, profile, model_dir, tmp_path / "serving")
+    publisher.calibrate(PROBES)
+    yield publisher
+    publisher.close()
+    learner.close()
+
+
+def move(publisher: Publisher) -> None:
+    """One optimizer step, so that there is something to publish."""
+    tokens = np.arange(5, 12, dtype=np.int32)
+    publisher._learner.update([TrainSequence((3, 4), tokens, np.full(7, -3.0, np.float32), 1.0)], 0.0)
+
+
+def test_publish_swaps_proves_and_keeps_the_bytes_it_served(publisher: Publisher) -> None:
+    before = sha256_of(publisher.folder / WEIGHTS_FILE)
+    move(publisher)
+    stats = publisher.publish(1)
+    assert publisher.engine.weight_version == 1
+    assert stats.proof_gap < 0.01
+    assert publisher.num_rebuilds == 0
+    assert sha256_of(publisher.folder / WEIGHTS_FILE) != before
+    assert not list(publisher.folder.glob("*.next"))
+
+
+def test_nothing_learned_publishes_the_same_bytes(publisher: Publisher) -> None:
+    before, scores = sha256_of(publisher.folder / WEIGHTS_FILE), publisher.engine.score(PROBES)
+    for version in range(1, 4):
+        publisher.publish(version)
+    assert sha256_of(publisher.folder / WEIGHTS_FILE) == before
+    assert all((a.logps == b.logps).all() for a, b in zip(scores, publisher.engine.score(PROBES), strict=True))
+
+
+def test_an_engine_that_fails_to_update_is_rebuilt(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(weights: WeightFile) -> int:
+        raise EngineError(f"no {weights.weight_version}")
+
+    monkeypatch.setattr(publisher.engine, "update", refuse)
+    move(publisher)
+    publisher.publish(1)
+    assert publisher.num_rebuilds == 1
+    assert publisher.engine.weight_version == 1
+    move(publisher)
+    publisher.publish(2)
+    assert publisher.num_rebuilds == 1
+
+
+def test_an_engine_that_keeps_the_old_weights_is_rebuilt(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher.engine, "update", lambda weights: weights.weight_version)
+    for _ in range(3):
+        move(publisher)
+    publisher.publish(1)
+    assert publisher.num_rebuilds == 1
+
+
+def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:
+    before = sha256_of(publisher.folder / WEIGHTS_FILE)
+    with torch.no_grad():
+        dict(publisher._learner.policy.lm.named_parameters())["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    with pytest.raises(WeightsError, match=r"layers\.1"):
+        publisher.publish(1)
+    assert sha256_of(publisher.folder / WEIGHTS_FILE) == before
+    assert publisher.engine.weight_version == 0
