@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.catalog import open_engine
-from deploy_targets.errors import EXIT_INTERRUPTED, UsageError
+from deploy_targets.errors import EXIT_INTERRUPTED, MissingPackageError, UsageError
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import TargetProfile
@@ -21,7 +22,7 @@ from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, load_config
 from hetero_rl.errors import RunFolderError
-from hetero_rl.run_folder import RunFolder, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.run_folder import RunFolder, check_free, check_same_run, create_run, default_run_dir, open_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,18 +44,26 @@ def run_training(
     else:
         config, profile = load_config(files, settings, target)
     _require_runnable(profile)
+    _require_packages(profile)
+    _prepare_process()
+    if not resume:
+        check_free(run_dir or default_run_dir(profile.name))
+    from hetero_rl.parts import check_inputs
+
+    inputs = check_inputs(config, profile)
     if dry_run:
-        _show_plan(console, config, profile)
+        console.print_json(config.model_dump_json())
+        fits = f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; everything fits"
+        console.print(f"{fits}. Nothing was started.", highlight=False)
         return 0
     if not resume:
         run = create_run(run_dir or default_run_dir(profile.name), config, profile)
-    _prepare_process()
     from hetero_rl.loop import train
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
 
     with View(console) as view:
-        result = train(config, profile, run, view, resume=resume)
+        result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
         console.print(
@@ -81,6 +90,7 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
     run, config, profile = open_run(run_path)
     if out.exists():
         raise UsageError(f"{out} exists already; give another --out")
+    _require_packages(profile)
     out.parent.mkdir(parents=True, exist_ok=True)
     _require_runnable(profile)
     _prepare_process()
@@ -194,19 +204,15 @@ def _require_runnable(profile: TargetProfile) -> None:
         raise PreflightError(f"target {profile.name!r} cannot run on this machine", reasons, "`hetero-rl targets check` shows what can")
 
 
-def _show_plan(console: Console, config: RunConfig, profile: TargetProfile) -> None:
-    from deploy_targets.preflight import preflight
-    from hetero_rl.model import resolve_model
-    from hetero_rl.parts import check_lengths
-
-    model_dir = resolve_model(config.model.path)
-    preflight(profile, model_dir)
-    check_lengths(config, profile)
-    console.print_json(config.model_dump_json())
-    console.print(
-        f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; model {model_dir.name} fits. Nothing was started.",
-        highlight=False,
-    )
+def _require_packages(profile: TargetProfile) -> None:
+    """Training needs more than serving. Raises `MissingPackageError` naming the extra."""
+    needed: dict[str, tuple[str, ...]] = {"train": ("torch", "transformers", "deepspeed", "tensorboard")}
+    if profile.engine.name == "onnxruntime":
+        needed["onnx-export"] = ("onnx", "onnx_ir", "onnxruntime_genai")
+    for extra, packages in needed.items():
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise MissingPackageError(package, f"training for {profile.name!r}", extra)
 
 
 def _prepare_process() -> None:

@@ -5,7 +5,6 @@ A run is described by TOML files (later ones win over earlier ones) and `--set t
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,11 +226,6 @@ def load_config(
     except ValidationError as error:
         source = ", ".join(str(file) for file in files) or "the settings"
         raise ProfileError(f"the config ({source}) is not valid", validation_lines(error), _known_keys_hint(error)) from None
-
-
-def config_from_json(text: str) -> RunConfig:
-    """The config that a run folder was made with."""
-    return RunConfig.model_validate(json.loads(text))
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

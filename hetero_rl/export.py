@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from deploy_targets.types import Sampling, TokenSequence
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.parts import Parts
-from hetero_rl.rollout import accuracy, sample
+from hetero_rl.rollout import accuracy, probability_gap, sample
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.tasks.rewards import reward_text
 
@@ -59,7 +60,10 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
         tolerance=state.tolerance,
         sampling=SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids),
         final_gap=gap,
-        task=TaskRecord(accuracy=solved, num_problems=len(problems), reward=reward_text(config.task.reward_terms)),
+        # No reward judged the held-out problems: there is no accuracy to record.
+        task=TaskRecord(accuracy=solved, num_problems=len(problems), reward=reward_text(config.task.reward_terms))
+        if math.isfinite(solved)
+        else None,
     )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -82,7 +86,7 @@ def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight
         sequences = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
         for sequence, generation, score in zip(sequences, generations, parts.learner.score(sequences), strict=True):
             probes.append(Probe(sequence, score.logps.astype(np.float32), score.greedy_tokens.astype(np.int32)))
-            gaps.append(np.abs(np.exp(score.logps) - np.exp(generation.logps)))
+            gaps.append(probability_gap(score.logps, generation.logps))
             count += len(generation.tokens)
         batch += 1
     return ProbeSet(tuple(probes), sampling.temperature, weight_version), float(np.nanmean(np.concatenate(gaps)))

@@ -27,8 +27,8 @@ from hetero_rl.export import export_artifact
 from hetero_rl.interrupt import interrupt_flag
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
-from hetero_rl.parts import Parts, assemble, newest_checkpoint, restore
-from hetero_rl.rollout import accuracy, rewarded, sample, train_sequences
+from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint, restore
+from hetero_rl.rollout import accuracy, probability_gap, rewarded, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
 from hetero_rl.types import TrainSequence
@@ -49,11 +49,11 @@ class TrainResult:
     final_accuracy: float | None
 
 
-def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View, *, resume: bool = False) -> TrainResult:
+def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View, inputs: Inputs, *, resume: bool = False) -> TrainResult:
     """Train, publish after every step, export at the end; Ctrl-C finishes the step, saves a checkpoint and returns."""
     loop = config.loop
     with ExitStack() as stack:
-        parts = assemble(config, profile, run.serving, view, stack)
+        parts = assemble(config, profile, run.serving, view, stack, inputs)
         task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
         checkpoint = newest_checkpoint(run) if resume else None
         if checkpoint is None:
@@ -134,7 +134,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         )
         drawn = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
         scores = parts.learner.score(drawn)
-        gaps += [np.abs(np.exp(score.logps) - np.exp(g.logps)) for score, g in zip(scores, generations, strict=True)]
+        gaps += [probability_gap(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
         sequences += drawn
         num_tokens, batch = sum(len(gap) for gap in gaps), batch + 1
     floor = measure_floor(gaps, seed=config.loop.seed)
@@ -157,7 +157,7 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
         tolerance=tolerance,
         eta=constraint.eta,
         lambda_max=constraint.multiplier_cap,
-        lambda_infeasible=min(constraint.lambda_init, constraint.multiplier_cap),
+        lambda_infeasible=constraint.multiplier_cap / 4,
         ema=constraint.ema,
         patience=constraint.patience,
         ascent=constraint.controller == "dual" and constraint.signal != "off",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
@@ -32,13 +33,28 @@ class Parts:
     publisher: Publisher
 
 
-def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: View, stack: ExitStack) -> Parts:
-    """Check that everything fits, load task and learner, start the engine on the learner's weights; `stack` closes them."""
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the user gave, found to fit together before anything was started or written."""
+
+    model_dir: Path
+    tokenizer: Any
+    task: Task
+
+
+def check_inputs(config: RunConfig, profile: TargetProfile) -> Inputs:
+    """Find the model, check it against the target, load tokenizer, problems and reward. Raises `UsageError` and its branches."""
     model_dir = resolve_model(config.model.path)
     preflight(profile, model_dir)
     check_lengths(config, profile)
     tokenizer = load_tokenizer(model_dir)
-    task = load_task(config.task, tokenizer, config.loop.seed)
+    return Inputs(model_dir, tokenizer, load_task(config.task, tokenizer, config.loop.seed))
+
+
+def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: View, stack: ExitStack, inputs: Inputs | None = None) -> Parts:
+    """Load the learner and start the engine on its weights; `stack` closes them. `inputs` are checked here when not given."""
+    inputs = inputs or check_inputs(config, profile)
+    model_dir, tokenizer, task = inputs.model_dir, inputs.tokenizer, inputs.task
     quantizer = make_quantizer(profile, model_dir)
     sampling = Sampling(config.loop.max_response_tokens, config.loop.temperature, stop_token_ids=stop_tokens(model_dir, tokenizer))
     view.phase("loading the learner")

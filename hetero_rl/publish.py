@@ -65,6 +65,8 @@ class Publisher:
         self._reference_gap = 0.0
         self._last: ProbeProbabilities | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob("*.next"), *folder.glob("*.partial")):
+            leftover.unlink()  # of a run that was killed in the middle of a publish
         self._write(folder / WEIGHTS_FILE)
         quantizer.scaffold(model_dir, folder)
         self.engine: Engine = open_engine(profile, folder, 0)

@@ -57,10 +57,8 @@ def create_run(path: Path, config: RunConfig, profile: TargetProfile) -> RunFold
     Raises:
         RunFolderError: the folder already holds something, or cannot be written.
     """
+    check_free(path)
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            holds = "a run" if (path / CONFIG_FILE).exists() else "something else"
-            raise RunFolderError(f"run folder {path} already holds {holds}. Continue it with --resume, or give another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / PROFILE_FILE, profile.model_dump_json(indent=2).encode())
         write_atomically(path / ENVIRONMENT_FILE, json.dumps(environment(), indent=2).encode())
@@ -68,6 +66,17 @@ def create_run(path: Path, config: RunConfig, profile: TargetProfile) -> RunFold
     except OSError as error:
         raise RunFolderError(f"run folder {path} cannot be written: {error.strerror}. Give another one with --run-dir") from None
     return RunFolder(path)
+
+
+def check_free(path: Path) -> None:
+    """Raises `RunFolderError` when the folder of a new run already holds something; makes nothing."""
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise RunFolderError(f"run folder {path} cannot be written: {error.strerror}. Give another one with --run-dir") from None
+    if taken:
+        holds = "a run" if (path / CONFIG_FILE).exists() else "something else"
+        raise RunFolderError(f"run folder {path} already holds {holds}. Continue it with --resume, or give another --run-dir")
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig, TargetProfile]:

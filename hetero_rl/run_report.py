@@ -43,7 +43,7 @@ def write_run_report(run: Path, out: Path) -> Path:
 
 def tiles(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """The numbers on top: (label, value, remark)."""
-    evaluations = [row for row in rows if row.get("eval/deployed_accuracy") is not None]
+    evaluations = [row for row in rows if row.get("eval/deployed_accuracy") is not None and row.get("eval/learner_accuracy") is not None]
     last = rows[-1]
     found = [("steps", f"{last['step']}", f"weight version {last['weights/version']}")]
     if evaluations:

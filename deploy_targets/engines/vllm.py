@@ -127,7 +127,9 @@ class VllmEngine:
         """Sample with log-probs from vLLM's own sampler (`logprobs_mode="processed_logprobs"`)."""
         llm = self._open_llm()
         limits = response_limits(prompts, sampling.max_tokens, self._max_model_len, self._vocab_size)
-        runs = [(*key, len(list(run))) for key, run in groupby(zip(map(tuple, prompts), limits, strict=True))]
+        requests = list(zip(map(tuple, prompts), limits, strict=True))
+        # Equal neighbours are draws of one request; vLLM refuses several greedy ones ("n must be 1 when using greedy sampling").
+        runs = [(*key, len(list(run))) for key, run in groupby(requests)] if sampling.temperature > 0 else [(*key, 1) for key in requests]
         seeds: list[int | None] = [None] * len(runs)
         if sampling.temperature > 0 and not self._is_cpu:
             seeds = [int(seed) for seed in np.random.default_rng(sampling.seed).integers(2**62, size=len(runs))]

@@ -25,7 +25,7 @@ class DualConfig:
     lambda_max: float
     """Projection bound."""
     lambda_infeasible: float
-    """Where lambda is held once the constraint was found infeasible."""
+    """Bound of lambda once the constraint was found infeasible; below `lambda_max`."""
     ema: float = 0.9
     """Decay of the average of the gap."""
     patience: int = 40
@@ -61,10 +61,13 @@ def dual_step(state: DualState, engine_gap: float, config: DualConfig) -> DualSt
         return state
     gap_ema = engine_gap if state.gap_ema is None else config.ema * state.gap_ema + (1.0 - config.ema) * engine_gap
     state = replace(state, gap_ema=gap_ema)
-    if state.infeasible or not config.ascent:
+    if not config.ascent:
         return state
     violation = gap_ema / config.tolerance - 1.0
-    multiplier = min(max(state.multiplier + config.eta * violation, 0.0), config.lambda_max)
+    bound = config.lambda_infeasible if state.infeasible else config.lambda_max
+    multiplier = min(max(state.multiplier + config.eta * violation, 0.0), bound)
+    if state.infeasible:
+        return replace(state, multiplier=multiplier)
     return _watch_cap(replace(state, multiplier=multiplier), violation, config)
 
 

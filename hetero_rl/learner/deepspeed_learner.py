@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,7 +278,7 @@ class Learner:
 
 def load_causal_lm(model_dir: Path) -> Any:
     """A transformers causal LM in bf16 from a local folder; safetensors only, no code from the model is run."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from hetero_rl.learner import attention
 
@@ -290,6 +289,7 @@ def load_causal_lm(model_dir: Path) -> Any:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    lm.generation_config = GenerationConfig()  # a hub model may bring a repetition penalty, which no engine here applies
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the learner's log-probs must be a function of the weights alone
@@ -304,15 +304,16 @@ def _up_to_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
 
 
 def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
-    _single_process_environment()
     on_cuda = torch.cuda.is_available()
+    backend = "nccl" if on_cuda else "gloo"
+    _join_process_group(backend)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
     with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
     def schedule(step: int) -> float:
         if step < config.warmup_steps:
@@ -348,11 +349,10 @@ def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
     return engine
 
 
-def _single_process_environment() -> None:
-    """One rank in this process, unless a launcher has already said otherwise."""
-    if "RANK" in os.environ:
+def _join_process_group(backend: str) -> None:
+    """One rank in this process without any port (ports race), unless a launcher has already said otherwise."""
+    if "RANK" in os.environ or torch.distributed.is_initialized():
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    # DeepSpeed asks the environment who it is, even where the process group is there.
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -119,7 +119,7 @@ def test_a_ragged_batch_equals_one_by_one(target: Target, engine: Engine) -> Non
     prompts = random_prompts(5, seed=7)
     greedy = Sampling(max_tokens=6, temperature=0)
     for batched, prompt in zip(engine.generate(prompts, greedy), prompts, strict=True):
-        single = engine.generate([prompt], greedy)[0]
+        single = engine.generate([prompt, prompt], greedy)[1]
         # Greedy paths may part at a tie within rounding, not before.
         differ = np.flatnonzero(batched.tokens != single.tokens)
         same_until = int(differ[0]) + 1 if len(differ) else len(single.tokens)

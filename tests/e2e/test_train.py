@@ -67,7 +67,7 @@ def test_run_folder(run: Path) -> None:
 
 
 def test_exported_weights_are_those_that_were_served(run: Path) -> None:
-    """Law 1, twice: against the file the engine served from, and against a fresh export of the same checkpoint."""
+    """Law 1: the artifact's weights are the file the engine served from."""
     served = sha256_of(run / "serving" / "model.safetensors")
     assert sha256_of(run / "artifact" / "model.safetensors") == served
 
@@ -188,7 +188,9 @@ def test_every_signal_runs(signal_name: str, tmp_path: Path) -> None:
     settings = with_settings(*SHORT_RUN, "loop.num_steps=2", f"constraint.signal={signal_name}", "algorithm.correction=tis")
     result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert read_metrics(tmp_path / "run")[-1]["constraint/cost"] >= 0
+    row = read_metrics(tmp_path / "run")[-1]
+    assert (row["constraint/cost"] > 0) is (signal_name == "loss")
+    assert (row["constraint/lambda"] > 0) is (signal_name != "off")
 
 
 def test_several_updates_and_rare_publishes(tmp_path: Path) -> None:
