@@ -28,11 +28,13 @@ REPEATS = 5
 """Calls timed together: one takes a fraction of a ms, and a preempted one would stand for all."""
 
 
-def make_learner(model_dir: Path, signal: str) -> Learner:
-    """A learner of the shipped configuration; `signal` is `off` or `grey_box`."""
+def make_learner(model_dir: Path, signal: str, config: LearnerConfig | None = None) -> Learner:
+    """A learner of the shipped configuration unless told otherwise; `signal` is `off` or `grey_box`."""
     quantizer = make_quantizer(models.load_profile(TARGET), model_dir)
     constraint = ConstraintConfig.model_validate({"signal": signal})
-    return Learner(model_dir, quantizer, LearnerConfig(), AlgorithmConfig(), constraint, temperature=1.0, num_updates=1000, seed=0)
+    return Learner(
+        model_dir, quantizer, config or LearnerConfig(), AlgorithmConfig(), constraint, temperature=1.0, num_updates=1000, seed=0
+    )
 
 
 def make_sequences(learner: Learner, num_sequences: int, max_tokens: int) -> list[TrainSequence]:

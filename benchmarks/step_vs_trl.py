@@ -1,7 +1,8 @@
 """One training step of hetero-rl against one step of TRL's GRPOTrainer: same model, prompts, reward and sizes, in turns.
 
 Ours: rollout by the INT4 ONNX engine, reward, learner update, publish with its proof. TRL's: rollout by transformers'
-`generate`, reward, update, in bf16 on the CPU with beta = 0, nothing to publish. Arms of ours: `plain` (the constraint is
+`generate`, reward, update, on the CPU with beta = 0, in bf16 or float32, whichever is faster; nothing to publish.
+Arms of ours: `plain` (the constraint is
 measured, no signal) and `grey_box` (lambda 0.3, the twin runs beside the learner).
 """
 
@@ -12,6 +13,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ SIGNALS = {"plain": "off", "grey_box": "grey_box"}
 WARMUPS = 1
 CALIBRATION_ROUNDS = 2
 
-TrlChoice = tuple[int, bool]
-"""TRL's micro-batch size, and whether it autocasts to bf16 around the bf16 model (its default)."""
+TrlChoice = tuple[int, str, bool]
+"""TRL's micro-batch size, the dtype of its weights, and whether it autocasts to bf16 (its default)."""
 
 
 def own_body(connection: Connection, spec: StepSpec, quick: bool) -> None:
@@ -39,7 +41,7 @@ def own_body(connection: Connection, spec: StepSpec, quick: bool) -> None:
         serve(connection, lambda: {**step(), "gemm_flop_per_s": gemm_flop_per_s(quick)})
 
 
-def trl_body(connection: Connection, spec: StepSpec, num_steps: int, micro_batch_size: int, autocast: bool) -> None:
+def trl_body(connection: Connection, spec: StepSpec, num_steps: int, micro_batch_size: int, dtype: str, autocast: bool) -> None:
     """TRL's side. Its trainer owns the loop, so a callback waits for the request before a step and answers after it.
 
     A step is timed from `on_step_begin` (the prompts are loaded, nothing else has begun) to `on_step_end`; the answer also
@@ -93,7 +95,7 @@ def trl_body(connection: Connection, spec: StepSpec, num_steps: int, micro_batch
             temperature=1.0,
             # The end-of-text token is never drawn, so that every response has its full length, as on our side.
             generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id]},
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"dtype": dtype},
             bf16=autocast,
             use_cpu=True,
             gradient_checkpointing=False,
@@ -119,13 +121,13 @@ def trl_body(connection: Connection, spec: StepSpec, num_steps: int, micro_batch
 def fastest_trl(spec: StepSpec, rounds: int) -> tuple[TrlChoice, dict[str, list[float]]]:
     """Give TRL its best: a few steps of each choice, in turns; returns the one with the fastest step, and all seconds."""
     batch_size = spec.num_prompts * spec.group_size
-    choices = [(micro, autocast) for micro in (batch_size // 4, batch_size) for autocast in (False, True)]
+    choices = list(product((batch_size // 4, batch_size), ("bfloat16", "float32"), (False, True)))
     with ExitStack() as stack:
         workers = {choice: stack.enter_context(Worker(trl_body, spec, rounds + WARMUPS, *choice)) for choice in choices}
         steps = in_turns(workers, rounds, WARMUPS)
     seconds = {choice: [run["step_s"] for run in runs] for choice, runs in steps.items()}
     best = min(seconds, key=lambda choice: min(seconds[choice]))
-    return best, {f"micro_batch {micro}, autocast {autocast}": runs for (micro, autocast), runs in seconds.items()}
+    return best, {f"micro_batch {micro}, {dtype}, autocast {autocast}": runs for (micro, dtype, autocast), runs in seconds.items()}
 
 
 def own_case(own: list[dict[str, float]], trl: list[dict[str, float]]) -> Measurement:
@@ -167,9 +169,9 @@ def main() -> None:
             arm: StepSpec(model_dir, TARGET, signal, num_prompts, group_size, max_tokens, options.threads)
             for arm, signal in SIGNALS.items()
         }
-        (micro_batch, autocast), calibration = fastest_trl(specs["plain"], 1 if options.quick else CALIBRATION_ROUNDS)
+        (micro_batch, dtype, autocast), calibration = fastest_trl(specs["plain"], 1 if options.quick else CALIBRATION_ROUNDS)
         num_steps = options.rounds + WARMUPS
-        sides = {"trl": stack.enter_context(Worker(trl_body, specs["plain"], num_steps, micro_batch, autocast))}
+        sides = {"trl": stack.enter_context(Worker(trl_body, specs["plain"], num_steps, micro_batch, dtype, autocast))}
         sides |= {arm: stack.enter_context(Worker(own_body, spec, options.quick)) for arm, spec in specs.items()}
         steps = in_turns(sides, options.rounds, WARMUPS)
         wanted = num_prompts * group_size * max_tokens
@@ -189,7 +191,7 @@ def main() -> None:
                 "gradient_accumulation_steps": num_prompts * group_size // micro_batch,
                 "bf16_autocast": autocast,
                 "calibration_s": calibration,
-                "model_dtype": "bfloat16",
+                "model_dtype": dtype,
                 "beta": 0.0,
                 "gradient_checkpointing": False,
                 "generation": "transformers generate",

@@ -52,6 +52,9 @@ class LearnerConfig(_Table):
     """Gradient clipping by global norm."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU without AMX, where it is
+    faster and more exact, else bfloat16."""
     tokens_per_micro_batch: int = Field(8192, ge=16)
     """Padded tokens of one forward pass; rollouts are sorted by length first, so that little of it is padding."""
     logit_chunk_elements: int = Field(4_000_000, ge=1024)

@@ -25,6 +25,7 @@ from hetero_rl.algorithm.discrepancy import GapSums, masked_mean, split_gap
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.batching import MicroBatch, micro_batches
+from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.policy import Policy, TokenStats
 from hetero_rl.types import TrainSequence
@@ -71,7 +72,10 @@ class Learner:
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
+        self.compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.twins = add_twin(lm, quantizer)
+        if self.compute_dtype is torch.float32:
+            compute_in_float32(lm)
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
         self._engine = _initialize(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
         self.device: torch.device = self._engine.device

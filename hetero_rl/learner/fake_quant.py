@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy_targets.protocols import Quantizer
+from hetero_rl.learner.compute import FollowingLinear
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -36,7 +37,8 @@ class _Twin(nn.Module):
     as_twin: bool
     _rounded: Tensor | None
 
-    def _adopt(self, weight_name: str, quantizer: Quantizer) -> None:
+    def adopt(self, weight_name: str, quantizer: Quantizer) -> None:
+        """Become the twin of the weight that a checkpoint calls `weight_name`."""
         self.weight_name, self.quantizer, self.as_twin, self._rounded = weight_name, quantizer, False, None
 
     def active_weight(self) -> Tensor:
@@ -53,33 +55,19 @@ class _Twin(nn.Module):
         self._rounded = None
 
 
-class TwinLinear(nn.Linear, _Twin):
+class TwinLinear(_Twin, FollowingLinear):
     """A linear layer that computes with its weight, or with its fake-quantized twin."""
 
-    @classmethod
-    def around(cls, linear: nn.Linear, weight_name: str, quantizer: Quantizer) -> TwinLinear:
-        """Share the parameters of `linear`, which this layer replaces under the same names."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._adopt(weight_name, quantizer)
-        return layer
 
-    def forward(self, input: Tensor) -> Tensor:
-        """X @ W.T + b."""
-        return nn.functional.linear(input, self.active_weight(), self.bias)
-
-
-class TwinEmbedding(nn.Embedding, _Twin):
+class TwinEmbedding(_Twin, nn.Embedding):
     """An embedding that looks up its weight, or its fake-quantized twin (targets that store tied embeddings in few bits)."""
 
     @classmethod
-    def around(cls, embedding: nn.Embedding, weight_name: str, quantizer: Quantizer) -> TwinEmbedding:
+    def around(cls, embedding: nn.Embedding) -> TwinEmbedding:
         """Share the parameter of `embedding`, which this layer replaces under the same name."""
         with torch.device("meta"):
             layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
         layer.weight = embedding.weight
-        layer._adopt(weight_name, quantizer)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -103,8 +91,8 @@ def add_twin(model: nn.Module, quantizer: Quantizer) -> list[TwinLayer]:
         weight_name = names[module.weight]
         if not quantizer.quantizes(weight_name):
             continue
-        kind = TwinLinear if type(module) is nn.Linear else TwinEmbedding
-        layer: TwinLayer = kind.around(module, weight_name, quantizer)
+        layer = TwinLinear.around(module) if isinstance(module, nn.Linear) else TwinEmbedding.around(module)
+        layer.adopt(weight_name, quantizer)
         model.set_submodule(module_name, layer)
         layers.append(layer)
     return layers

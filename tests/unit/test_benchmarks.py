@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from benchmarks.common import RESULTS, Record, in_turns, measurement
 
 ROOT = RESULTS.parent.parent
-SCRIPTS = ("attention", "constraint_cost", "publish", "rollout", "step_vs_trl")
+SCRIPTS = ("arithmetic", "attention", "constraint_cost", "publish", "rollout", "step_vs_trl")
 
 
 def load(path: Path) -> Record:
@@ -38,7 +38,7 @@ def test_shipped_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "constraint_cost"])
+@pytest.mark.parametrize("name", ["arithmetic", "attention", "constraint_cost"])
 def test_quick_run(name: str, tmp_path: Path) -> None:
     out = tmp_path / "nested" / "record.json"
     done = subprocess.run(

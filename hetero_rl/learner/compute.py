@@ -1,0 +1,78 @@
+"""The arithmetic that the learner's bf16 weights are used in: bf16, or float32 on CPUs whose bf16 products are the slower ones.
+
+Without AMX, a CPU multiplies bf16 matrices no faster than float32 ones and rounds every activation in between besides
+(`benchmarks/arithmetic.py`). The weights that are trained and published are bf16 either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from deploy_targets.errors import UsageError
+from deploy_targets.hardware import describe_machine
+
+ComputeDtype = Literal["auto", "bfloat16", "float32"]
+
+
+def choose_dtype(asked: ComputeDtype, lm: nn.Module) -> torch.dtype:
+    """`auto` is float32 on a CPU without AMX, for models of linear layers, embeddings and RMSNorms; bfloat16 everywhere else.
+
+    Raises:
+        UsageError: float32 was asked for, and some layers of the model cannot mix it with bf16 weights.
+    """
+    others = _layers_of_one_dtype(lm)
+    if asked == "float32" and others:
+        raise UsageError(
+            f"learner.compute_dtype = 'float32' needs layers that accept float32 activations beside bf16 weights; these do not: "
+            f"{', '.join(others)}. Use 'auto' or 'bfloat16'"
+        )
+    if asked == "auto":
+        slow_bf16 = not torch.cuda.is_available() and "amx_bf16" not in describe_machine().cpu_features
+        return torch.float32 if slow_bf16 and not others else torch.bfloat16
+    return torch.float32 if asked == "float32" else torch.bfloat16
+
+
+def compute_in_float32(lm: Any) -> None:
+    """Let the bf16 model compute in float32, in place: the embedding hands out float32, and every layer follows its input."""
+    for name, module in list(lm.named_modules()):
+        if type(module) is nn.Linear:
+            lm.set_submodule(name, FollowingLinear.around(module))
+    lm.get_input_embeddings().register_forward_hook(_to_float32)
+
+
+class FollowingLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever its weight is stored in."""
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> Self:
+        """Share the parameters of `linear`, which this layer replaces under the same names."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def active_weight(self) -> Tensor:
+        """The weight to compute with."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X @ W.T + b."""
+        bias: Tensor | None = self.bias
+        return nn.functional.linear(input, self.active_weight().to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+def _to_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.float()
+
+
+def _layers_of_one_dtype(lm: nn.Module) -> list[str]:
+    """Kinds of layers with parameters of their own that are not known to mix dtypes."""
+    kinds = {type(module).__name__ for module in lm.modules() if list(module.parameters(recurse=False)) and not _mixes(module)}
+    return sorted(kinds)
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__.endswith("RMSNorm")
