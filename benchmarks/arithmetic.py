@@ -39,7 +39,7 @@ def main() -> None:
         model_dir = models.tiny(Path(folder) / "model", quick=options.quick)
         learners = {dtype: make_learner(model_dir, "off", LearnerConfig.model_validate({"compute_dtype": dtype})) for dtype in DTYPES}
         sequences = make_sequences(learners["float32"], num_sequences, max_tokens)
-        scored = [TokenSequence((*s.prompt, *map(int, s.tokens)), len(s.prompt)) for s in sequences[:NUM_EXACT]]
+        scored = [s.sequence for s in sequences[:NUM_EXACT]]
         errors = {dtype: logp_error(learner, model_dir, scored) for dtype, learner in learners.items()}
         times = in_turns({dtype: update_seconds(learner, sequences, 0.0) for dtype, learner in learners.items()}, options.rounds)
         for learner in learners.values():

@@ -63,7 +63,7 @@ def update_seconds(learner: Learner, sequences: list[TrainSequence], multiplier:
 def measuring_seconds(learner: Learner, sequences: list[TrainSequence]) -> Callable[[], float]:
     """`split_gap` on every micro-batch of that update and one `dual_step`, in seconds, on the tensors of that update."""
     prompts, responses = [s.prompt for s in sequences], [s.tokens for s in sequences]
-    scored = learner.score([TokenSequence((*s.prompt, *map(int, s.tokens)), len(s.prompt)) for s in sequences])
+    scored = learner.score([s.sequence for s in sequences])
     parts = []
     for batch in micro_batches(prompts, responses, learner.config.tokens_per_micro_batch, learner.device):
         learner_logp = batch.flatten([score.logps for score in scored], learner.device)

@@ -86,7 +86,7 @@ class OwnStep:
         end = time.perf_counter()
 
         self.state = replace(state, step=state.step + 1, weight_version=state.weight_version + 1, dual=dual)
-        sequences = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+        sequences = [g.sequence for g in generations]
         return {
             "step_s": end - start,
             "rollout_s": sampled - start,

@@ -59,6 +59,11 @@ class Generation:
     temperature: float
     finish_reason: Literal["stop", "length"]
 
+    @property
+    def sequence(self) -> TokenSequence:
+        """The prompt and the sampled tokens, ready to be scored. Raises `ValueError` where nothing was sampled."""
+        return TokenSequence((*self.prompt, *self.tokens.tolist()), len(self.prompt))
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:

@@ -20,7 +20,7 @@ from deploy_targets.artifact import (
 )
 from deploy_targets.probes import Probe, ProbeSet, write_probes
 from deploy_targets.profile import TargetProfile
-from deploy_targets.types import Sampling, TokenSequence
+from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.parts import Parts
@@ -83,7 +83,7 @@ def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight
         start = batch * NUM_PROBE_PROMPTS % len(problems)
         seeded = Sampling(sampling.max_tokens, sampling.temperature, PROBE_SEED + batch, sampling.stop_token_ids)
         generations = sample(parts.publisher.engine, parts.task, problems[start : start + NUM_PROBE_PROMPTS], 1, seeded)
-        sequences = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+        sequences = [g.sequence for g in generations]
         for sequence, generation, score in zip(sequences, generations, parts.learner.score(sequences), strict=True):
             probes.append(Probe(sequence, score.logps.astype(np.float32), score.greedy_tokens.astype(np.int32)))
             gaps.append(probability_gap(score.logps, generation.logps))

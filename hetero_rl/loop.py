@@ -132,7 +132,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         generations = sample(
             parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch)
         )
-        drawn = [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+        drawn = [g.sequence for g in generations]
         scores = parts.learner.score(drawn)
         gaps += [probability_gap(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
         sequences += drawn
@@ -171,7 +171,7 @@ def seeded(sampling: Sampling, seed: int, step: int) -> Sampling:
 
 def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences: list[TrainSequence]) -> list[TrainSequence]:
     """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
-    scores = learner.score_snapshot(snapshot, [TokenSequence((*s.prompt, *map(int, s.tokens)), len(s.prompt)) for s in sequences])
+    scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences])
     return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deploy_targets.types import TokenSequence
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -45,3 +47,8 @@ class TrainSequence:
     engine_logp: NDArray[np.float32]
     advantage: float
     learner_old_logp: NDArray[np.float32] | None = None
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The prompt and the response, ready to be scored."""
+        return TokenSequence((*self.prompt, *self.tokens.tolist()), len(self.prompt))

@@ -176,9 +176,7 @@ class Learner:
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""
         missing = [i for i, sequence in enumerate(sequences) if sequence.learner_old_logp is None]
-        scores = self.score(
-            [TokenSequence((*sequences[i].prompt, *map(int, sequences[i].tokens)), len(sequences[i].prompt)) for i in missing]
-        )
+        scores = self.score([sequences[i].sequence for i in missing])
         filled = list(sequences)
         for i, score in zip(missing, scores, strict=True):
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)

@@ -60,7 +60,7 @@ def engine(target: Target, shared_engine: Engine) -> Iterator[Engine]:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_logps_of_generate_are_those_of_score(target: Target, engine: Engine, temperature: float) -> None:
     generations = engine.generate(random_prompts(12), Sampling(max_tokens=16, temperature=temperature, seed=5))
-    sequences = [TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations]
+    sequences = [g.sequence for g in generations]
     scores = engine.score(sequences, temperature)
     for generation, score in zip(generations, scores, strict=True):
         assert generation.temperature == score.temperature == temperature
@@ -84,7 +84,7 @@ def test_tokens_are_drawn_from_the_scored_distribution(engine: Engine, temperatu
 
 def test_temperature_zero_is_greedy_with_logps_at_temperature_one(target: Target, engine: Engine) -> None:
     generations = engine.generate(random_prompts(8), Sampling(max_tokens=8, temperature=0))
-    scores = engine.score([TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations])
+    scores = engine.score([g.sequence for g in generations])
     pairs = list(zip(generations, scores, strict=True))
     greedy = engine.score([TokenSequence((*g.prompt, *s.greedy_tokens.tolist()), len(g.prompt)) for g, s in pairs])
     for generation, score, best in zip(generations, scores, greedy, strict=True):
@@ -175,7 +175,7 @@ def test_one_token_and_as_many_as_fit(engine: Engine) -> None:
         assert len(generation.prompt) + len(generation.tokens) == MAX_MODEL_LEN
         assert generation.finish_reason == "length"
         assert np.isfinite(generation.logps).all()
-        (score,) = engine.score([TokenSequence((*generation.prompt, *generation.tokens.tolist()), len(generation.prompt))])
+        (score,) = engine.score([generation.sequence])
         assert len(score.logps) == len(generation.tokens)
 
 

@@ -42,7 +42,7 @@ def engine(artifact: Path) -> Iterator[OnnxRuntimeEngine]:
 
 
 def sequences(generations: Sequence[Generation]) -> list[TokenSequence]:
-    return [TokenSequence((*g.prompt, *map(int, g.tokens)), len(g.prompt)) for g in generations]
+    return [g.sequence for g in generations]
 
 
 def scaled_weights(tiny_models: TinyModels, path: Path, factor: float) -> WeightFile:
