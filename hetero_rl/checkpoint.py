@@ -42,6 +42,8 @@ class LoopState:
     """Sequences that every publish is proven on."""
     reference_gap: float
     """Mean abs(dp) of the kernels alone, measured on the fresh engine."""
+    num_rebuilds: int = 0
+    """Engines that had to be rebuilt after a failed proof."""
     start_accuracy: float | None = None
     """Deployed accuracy before any update."""
     metrics_offset: int = 0

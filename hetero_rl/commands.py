@@ -22,7 +22,8 @@ from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, load_config
 from hetero_rl.errors import RunFolderError
-from hetero_rl.run_folder import RunFolder, check_free, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.unused_settings import unused_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +52,8 @@ def run_training(
     from hetero_rl.parts import check_inputs
 
     inputs = check_inputs(config, profile)
+    for sentence in () if resume else unused_settings(config):
+        console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False, soft_wrap=True)
     if dry_run:
         console.print_json(config.model_dump_json())
         fits = f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; everything fits"
@@ -95,17 +98,17 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
     _require_runnable(profile)
     _prepare_process()
     from hetero_rl.export import export_artifact
-    from hetero_rl.parts import assemble, newest_checkpoint, restore
+    from hetero_rl.parts import assemble, newest_checkpoint
     from hetero_rl.view import View
 
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack)
-        state = restore(checkpoint, parts)
-        view.phase(f"exporting step {state.step}")
-        accuracy = export_artifact(config, profile, parts, state, out)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint)
+        assert parts.restored is not None
+        view.phase(f"exporting step {parts.restored.step}")
+        accuracy = export_artifact(config, profile, parts, parts.restored, out)
     console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
 
 
@@ -154,23 +157,22 @@ def run_evaluation(
     _require_runnable(profile)
     _prepare_process()
     from hetero_rl.loop import evaluate, measure_start
-    from hetero_rl.parts import assemble, newest_checkpoint, restore
+    from hetero_rl.parts import assemble, newest_checkpoint
     from hetero_rl.view import View
 
+    checkpoint = newest_checkpoint(run) if run is not None else None
+    if run is not None and checkpoint is None:
+        raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack)
-        checkpoint = newest_checkpoint(run) if run is not None else None
-        if run is not None and checkpoint is None:
-            raise RunFolderError(f"run {run_path} has no checkpoint yet")
-        if checkpoint is not None:
-            restore(checkpoint, parts)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint)
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
+        num_problems = len(parts.task.heldout_problems(config.evaluation.num_final_problems))
     numbers |= {
         "constraint/engine_gap": gap.mean,
         "constraint/engine_gap_interval": [gap.low, gap.high],
-        "num_problems": config.evaluation.num_final_problems,
+        "num_problems": num_problems,
     }
     console.print(
         f"deployed accuracy {numbers['eval/deployed_accuracy']:.1%}   bf16 accuracy {numbers['eval/learner_accuracy']:.1%}   "
@@ -191,8 +193,13 @@ def _resumed(
     if target is None and not files and not settings:
         return run, old, profile
     # Settings are laid over the run's own, so that --resume --set evaluation.every_steps=5 is enough.
-    new, _ = load_config(files, settings, target, base=old)
+    new, profile_of_now = load_config(files, settings, target, base=old)
     check_same_run(old, new)
+    if profile_of_now != profile:
+        raise RunFolderError(
+            f"a resumed run must keep its target, but the profile {new.target.name!r} is not the one that {run_dir} was started with "
+            f"({run_dir / PROFILE_FILE}). Resume without --target, --config and --set, or start a new run"
+        )
     return run, new, profile
 
 

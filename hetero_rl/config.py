@@ -60,7 +60,7 @@ class LearnerConfig(_Table):
     logit_chunk_elements: int = Field(4_000_000, ge=1024)
     """Most logits (tokens x vocabulary) held at a time; the rest is recomputed in the backward pass."""
     updates_per_rollout: int = Field(1, ge=1)
-    """Optimizer steps per rollout batch, each on its own share of the groups."""
+    """Optimizer steps per rollout batch, each on its own share of the responses."""
     max_skipped_in_a_row: int = Field(5, ge=1)
     """Stop the run after so many steps in a row with a non-finite loss or gradient."""
 
@@ -103,6 +103,13 @@ class ConstraintConfig(_Table):
     """Decay of the average of the gap that the controller sees."""
     patience: int = Field(40, ge=1)
     """Steps at `lambda_max` without a falling gap before the constraint is reported as infeasible and lambda is bounded."""
+
+    @model_validator(mode="after")
+    def lambda_starts_within_its_bound(self) -> ConstraintConfig:
+        """A multiplier above its projection bound would be clipped at once."""
+        if self.lambda_max is not None and "lambda_init" in self.model_fields_set and self.lambda_init > self.lambda_max:
+            raise ValueError(f"constraint.lambda_init = {self.lambda_init:g} is above constraint.lambda_max = {self.lambda_max:g}")
+        return self
 
     @property
     def multiplier_cap(self) -> float:
@@ -174,7 +181,7 @@ class RunConfig(_Table):
 
     @model_validator(mode="after")
     def updates_divide_the_prompts(self) -> RunConfig:
-        """Each update gets its own share of whole groups."""
+        """Each update gets its own share of the problems."""
         if self.loop.prompts_per_step % self.learner.updates_per_rollout:
             raise ValueError(
                 f"loop.prompts_per_step = {self.loop.prompts_per_step} cannot be split into learner.updates_per_rollout = "

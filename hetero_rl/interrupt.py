@@ -1,11 +1,15 @@
-"""Ctrl-C that loses nothing."""
+"""Ctrl-C and failures of other people's code, neither of which may cost a step."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from hetero_rl.checkpoint import LoopState, save_checkpoint
+from hetero_rl.config import RunConfig
+from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.view import View
 
 
@@ -25,3 +29,15 @@ def interrupt_flag(view: View) -> Iterator[list[bool]]:
         yield flag
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def saved_on_failure(folder: Path, state: LoopState, learner: Learner, config: RunConfig, view: View) -> Iterator[None]:
+    """Around code of others that runs while learner and engine stand where `state` says: what it raises costs no step."""
+    try:
+        yield
+    except Exception:
+        if state.step % config.loop.publish_every == 0:
+            view.warn(f"saving a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
+            save_checkpoint(folder, state, learner, config.checkpoint.keep)
+        raise

@@ -24,10 +24,10 @@ from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
 from hetero_rl.checkpoint import LoopState, save_checkpoint
 from hetero_rl.config import RunConfig
 from hetero_rl.export import export_artifact
-from hetero_rl.interrupt import interrupt_flag
+from hetero_rl.interrupt import interrupt_flag, saved_on_failure
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
-from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint, restore
+from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
 from hetero_rl.rollout import accuracy, probability_gap, rewarded, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
@@ -53,35 +53,34 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
     """Train, publish after every step, export at the end; Ctrl-C finishes the step, saves a checkpoint and returns."""
     loop = config.loop
     with ExitStack() as stack:
-        parts = assemble(config, profile, run.serving, view, stack, inputs)
+        parts = assemble(config, profile, run.serving, view, stack, inputs, newest_checkpoint(run) if resume else None)
         task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
-        checkpoint = newest_checkpoint(run) if resume else None
-        if checkpoint is None:
+        state = parts.restored
+        if state is None:
             view.phase("measuring the floor")
             state = measure_start(config, parts)
-        else:
-            view.phase(f"resuming from {checkpoint.name}")
-            state = restore(checkpoint, parts)
         dual_config = controller(config, state.tolerance)
         metrics = stack.enter_context(MetricsWriter(run.path, state.metrics_offset if resume else None))
         snapshot = learner.snapshot() if loop.publish_every > 1 else None
         interrupted = stack.enter_context(interrupt_flag(view))
         view.start(config, profile, state)
 
-        if state.step == 0:
+        if parts.restored is None:
             row = first_row(state) | evaluate(parts, config.evaluation.num_final_problems)
             state = replace(state, start_accuracy=row["eval/deployed_accuracy"])
             metrics.write(row)
+            state = replace(state, metrics_offset=metrics.offset)
             view.step(row)
 
         # An interrupt takes effect where learner and engine hold the same weights, so that a resume finds both again.
         while state.step < loop.num_steps and not (interrupted and state.step % loop.publish_every == 0):
             clock = Clock()
-            problems = task.train_problems(state.step, loop.prompts_per_step)
-            generations = sample(publisher.engine, task, problems, loop.samples_per_prompt, seeded(sampling, loop.seed, state.step))
-            clock.lap("perf/rollout_s")
-            rollouts = rewarded(task, problems, generations, loop.samples_per_prompt)
-            clock.lap("perf/reward_s")
+            with saved_on_failure(run.checkpoints, state, learner, config, view):
+                problems = task.train_problems(state.step, loop.prompts_per_step)
+                generations = sample(publisher.engine, task, problems, loop.samples_per_prompt, seeded(sampling, loop.seed, state.step))
+                clock.lap("perf/rollout_s")
+                rollouts = rewarded(task, problems, generations, loop.samples_per_prompt)
+                clock.lap("perf/reward_s")
 
             advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=config.algorithm.normalize_std)
             sequences = train_sequences(rollouts, advantages.numpy())
@@ -101,8 +100,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
 
             if dual.infeasible and not state.dual.infeasible:
                 view.warn(infeasible_message(state, dual))
-            state = replace(state, step=state.step + 1, weight_version=version, dual=dual)
-            row = step_row(state, rollouts, update, multiplier, proof_gap, publisher.num_rebuilds)
+            state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
+            row = step_row(state, rollouts, update, multiplier, proof_gap)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
                 row |= evaluate(parts, num_problems)
@@ -110,12 +109,12 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             row |= clock.row(rollouts.num_tokens)
             metrics.write(row)
             view.step(row)
-            stopping = interrupted and state.step % loop.publish_every == 0
-            if state.step % config.checkpoint.every_steps == 0 or state.step == loop.num_steps or stopping:
-                state = replace(state, metrics_offset=metrics.offset)
+            state = replace(state, metrics_offset=metrics.offset)
+            if state.step % config.checkpoint.every_steps == 0 or state.step == loop.num_steps:
                 save_checkpoint(run.checkpoints, state, learner, config.checkpoint.keep)
 
         if state.step < loop.num_steps:
+            save_checkpoint(run.checkpoints, state, learner, config.checkpoint.keep)
             return TrainResult(state.step, None, state.start_accuracy, None)
         view.phase("exporting the artifact")
         artifact_accuracy = export_artifact(config, profile, parts, state, run.artifact)

@@ -25,12 +25,16 @@ from hetero_rl.view import View
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What every command that touches a model works with. `sampling` is that of rollouts, its seed still 0."""
+    """What every command that touches a model works with. `sampling` is that of rollouts, its seed still 0.
+
+    `restored` is the state of the checkpoint that learner and engine were put back to, None for a fresh start.
+    """
 
     task: Task
     sampling: Sampling
     learner: Learner
     publisher: Publisher
+    restored: LoopState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,19 @@ def check_inputs(config: RunConfig, profile: TargetProfile) -> Inputs:
     return Inputs(model_dir, tokenizer, load_task(config.task, tokenizer, config.loop.seed))
 
 
-def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: View, stack: ExitStack, inputs: Inputs | None = None) -> Parts:
-    """Load the learner and start the engine on its weights; `stack` closes them. `inputs` are checked here when not given."""
+def assemble(
+    config: RunConfig,
+    profile: TargetProfile,
+    serving: Path,
+    view: View,
+    stack: ExitStack,
+    inputs: Inputs | None = None,
+    checkpoint: Path | None = None,
+) -> Parts:
+    """Load the learner, from `checkpoint` if given, and start the engine on its weights; `stack` closes them.
+
+    `inputs` are checked here when not given.
+    """
     inputs = inputs or check_inputs(config, profile)
     model_dir, tokenizer, task = inputs.model_dir, inputs.tokenizer, inputs.task
     quantizer = make_quantizer(profile, model_dir)
@@ -74,10 +89,18 @@ def assemble(config: RunConfig, profile: TargetProfile, serving: Path, view: Vie
             f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, "
             "so the gap is only measured"
         )
+    state = None
+    if checkpoint is not None:
+        view.phase(f"restoring {checkpoint.name}")
+        state = load_state(checkpoint)
+        learner.load(checkpoint)
     view.phase(f"starting the engine of {profile.name}")
-    publisher = Publisher(learner, quantizer, profile, model_dir, serving)
+    publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
     stack.callback(publisher.close)
-    return Parts(task, sampling, learner, publisher)
+    if state is not None:
+        publisher.num_rebuilds = state.num_rebuilds
+        publisher.calibrate(list(state.probes), state.reference_gap)
+    return Parts(task, sampling, learner, publisher, state)
 
 
 def check_lengths(config: RunConfig, profile: TargetProfile) -> None:
@@ -93,12 +116,3 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     """The newest whole checkpoint of a run, None when it has none yet."""
     found = checkpoints(run.checkpoints)
     return found[-1] if found else None
-
-
-def restore(checkpoint: Path, parts: Parts) -> LoopState:
-    """Put learner and engine back where the checkpoint left them."""
-    state = load_state(checkpoint)
-    parts.learner.load(checkpoint)
-    parts.publisher.restart(state.weight_version)
-    parts.publisher.calibrate(list(state.probes), state.reference_gap)
-    return state

@@ -57,19 +57,22 @@ class ProbeProbabilities:
 class Publisher:
     """Owns the serving engine and the folder it serves from."""
 
-    def __init__(self, learner: Learner, quantizer: Quantizer, profile: TargetProfile, model_dir: Path, folder: Path) -> None:
-        """Quantize the learner's weights as version 0 into `folder` and start the engine on them."""
+    def __init__(
+        self, learner: Learner, quantizer: Quantizer, profile: TargetProfile, model_dir: Path, folder: Path, weight_version: int = 0
+    ) -> None:
+        """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them."""
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
         self.num_rebuilds = 0
         self._probes: list[TokenSequence] = []
         self._reference_gap = 0.0
         self._last: ProbeProbabilities | None = None
+        self._told_apart: ProbeProbabilities | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.next"), *folder.glob("*.partial")):
             leftover.unlink()  # of a run that was killed in the middle of a publish
         self._write(folder / WEIGHTS_FILE)
         quantizer.scaffold(model_dir, folder)
-        self.engine: Engine = open_engine(profile, folder, 0)
+        self.engine: Engine = open_engine(profile, folder, weight_version)
 
     @property
     def probes(self) -> list[TokenSequence]:
@@ -83,7 +86,7 @@ class Publisher:
         compute what the scheme says.
         """
         self._probes = probes
-        self._last = self._measure()
+        self._last = self._told_apart = self._measure()
         self._reference_gap = self._last.gap if reference_gap is None else reference_gap
         if not self._last.gap <= max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * self._reference_gap) or self._last.gap > 0.1:
             raise ProofError(
@@ -118,12 +121,6 @@ class Publisher:
         assert self._last is not None
         return PublishStats(quantized - start, swapped - quantized, proven - swapped, self._last.gap)
 
-    def restart(self, weight_version: int) -> None:
-        """Serve the learner's weights from a fresh engine (after a resume)."""
-        self.engine.close()
-        self._write(self.folder / WEIGHTS_FILE)
-        self.engine = open_engine(self._profile, self.folder, weight_version)
-
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
@@ -138,16 +135,17 @@ class Publisher:
         return ProbeProbabilities(np.exp(np.concatenate([s.logps for s in twin])), np.exp(np.concatenate([s.logps for s in engine])))
 
     def _proof_failure(self) -> str | None:
-        measured = self._measure()
-        failure = proof_failure(measured, self._last, self._reference_gap)
-        self._last = measured
+        measured = self._last = self._measure()
+        failure = proof_failure(measured, self._told_apart, self._reference_gap)
+        if self._told_apart is None or moved_apart(measured, self._told_apart, self._reference_gap):
+            self._told_apart = measured
         return failure
 
     def _rebuild(self, weight_version: int, failure: str) -> None:
         self.num_rebuilds += 1
         self.engine.close()
         self.engine = open_engine(self._profile, self.folder, weight_version)
-        self._last = None
+        self._told_apart = None
         again = self._proof_failure()
         if again is not None:
             raise ProofError(
@@ -174,7 +172,7 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
 
     Two rules, both on abs(dp) between the engine and the fake-quantized learner: the engine must agree with the new weights
     about as well as the fresh engine agreed with its own (`reference_gap`), and when the learner moved far enough to tell,
-    it must agree with them better than with the old ones.
+    it must agree with them better than with those of `before`, the last measurement that could be told from the one before it.
     """
     if not np.isfinite(now.engine).all():
         return f"{int((~np.isfinite(now.engine)).sum())} of {len(now.engine)} probe log-probs are not finite"
@@ -182,8 +180,12 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
     if now.gap > bound:
         return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
     if before is not None:
-        moved = float(np.abs(now.twin - before.twin).mean())
         to_old = float(np.abs(before.twin - now.engine).mean())
-        if moved > STALE_MARGIN * reference_gap and to_old < now.gap:
+        if moved_apart(now, before, reference_gap) and to_old < now.gap:
             return f"the engine answers as before the update (abs(dp) {to_old:.4f} to the old weights, {now.gap:.4f} to the new)"
     return None
+
+
+def moved_apart(now: ProbeProbabilities, before: ProbeProbabilities, reference_gap: float) -> bool:
+    """Whether the weights of two measurements differ by more than the kernels blur."""
+    return float(np.abs(now.twin - before.twin).mean()) > STALE_MARGIN * reference_gap

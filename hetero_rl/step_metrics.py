@@ -19,14 +19,13 @@ def first_row(state: LoopState) -> dict[str, float]:
         "constraint/floor": state.floor.mean,
         "constraint/tolerance": state.tolerance,
         "constraint/lambda": state.dual.multiplier,
+        "engine/nonfinite_logprobs": state.floor.num_nonfinite,
         "publish/proof_gap": state.reference_gap,
         "weights/version": state.weight_version,
     }
 
 
-def step_row(
-    state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, num_rebuilds: int
-) -> dict[str, float]:
+def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float) -> dict[str, float]:
     """The numbers of a step, named as in `metrics.METRICS`."""
     gap, rewards = update.gap, rollouts.rewards
     valid = rewards[np.isfinite(rewards)]
@@ -58,7 +57,7 @@ def step_row(
         "learner/skipped_steps": update.num_skipped,
         "weights/version": rollouts.weight_version,
         "publish/proof_gap": proof_gap,
-        "publish/rebuilds": num_rebuilds,
+        "publish/rebuilds": state.num_rebuilds,
     }
 
 

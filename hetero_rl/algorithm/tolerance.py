@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy_targets.errors import EngineError
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
@@ -17,6 +19,8 @@ class Floor:
     low: float
     high: float
     num_tokens: int
+    num_nonfinite: int = 0
+    """Tokens without a finite engine log-prob; they are in neither the sum nor the count."""
 
 
 def measure_floor(gaps: list[NDArray[np.float32]], *, seed: int = 0, num_resamples: int = 500) -> Floor:
@@ -28,16 +32,19 @@ def measure_floor(gaps: list[NDArray[np.float32]], *, seed: int = 0, num_resampl
         num_resamples: Bootstrap resamples. Sequences, not tokens, are drawn: tokens of one response are not independent.
 
     Raises:
-        ValueError: no token has a finite gap.
+        EngineError: no token has a finite gap.
     """
     sums = np.array([np.nansum(gap) for gap in gaps], dtype=np.float64)
     counts = np.array([np.isfinite(gap).sum() for gap in gaps], dtype=np.float64)
     if counts.sum() == 0:
-        raise ValueError("no token has a finite engine log-prob, so there is no floor to measure")
+        raise EngineError(
+            f"the engine gave no finite log-prob for any of {sum(map(len, gaps))} sampled tokens, so there is no floor to measure. "
+            "Look for overflow: `hetero-rl eval --target bf16-transformers` shows whether the model itself is sound"
+        )
     draws = np.random.default_rng(seed).integers(0, len(gaps), (num_resamples, len(gaps)))
     means = sums[draws].sum(axis=1) / np.maximum(counts[draws].sum(axis=1), 1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Floor(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
+    return Floor(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()), sum(map(len, gaps)) - int(counts.sum()))
 
 
 def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floor) -> float:

@@ -183,6 +183,29 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.name == f"step-{last:06d}"
 
 
+def test_a_reward_that_raises_costs_no_step(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "import os\ncalls = 0\n\n\n"
+        "def judge(completions, answer, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls > int(os.environ.get('MOST_CALLS', 1000)):\n"
+        "        raise ConnectionError('judge is down')\n"
+        "    return [float(c.strip() == a) for c, a in zip(completions, answer, strict=True)]\n"
+    )
+    problems = "".join(json.dumps({"prompt": f"{a}+{a}=", "answer": str(2 * a)}) + "\n" for a in range(100, 400))
+    (tmp_path / "problems.jsonl").write_text(problems)
+    task = with_settings("task.type=dataset", "task.path=problems.jsonl", "task.reward=my_rewards:judge", "checkpoint.every_steps=100")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    # Two calls for the first evaluation, one for each step.
+    failed = hetero_rl(*TRAIN, *task, "--run-dir", "run", cwd=tmp_path, **environment, MOST_CALLS="3")
+    fails(failed, 1, "judge is down")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path, **environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("signal_name", ["off", "loss", "advantage"])
 def test_every_signal_runs(signal_name: str, tmp_path: Path) -> None:
     settings = with_settings(*SHORT_RUN, "loop.num_steps=2", f"constraint.signal={signal_name}", "algorithm.correction=tis")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploy_targets.errors import EngineError
 from hetero_rl.algorithm.advantage import group_advantages
 from hetero_rl.algorithm.corrections import tis_weights
 from hetero_rl.algorithm.discrepancy import GapSums, abs_dp, k3, masked_mean, split_gap
@@ -162,7 +163,7 @@ class TestTolerance:
         assert hits >= 85
 
     def test_nothing_finite(self) -> None:
-        with pytest.raises(ValueError, match="no floor"):
+        with pytest.raises(EngineError, match="no floor"):
             measure_floor([np.array([np.nan], np.float32)])
 
     def test_units(self) -> None:

@@ -93,3 +93,19 @@ def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:
         publisher.publish(1)
     assert sha256_of(publisher.folder / WEIGHTS_FILE) == before
     assert publisher.engine.weight_version == 0
+
+
+def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No single step moves the probabilities enough to tell; what is held against the engine adds up over the steps."""
+    before = publisher._measure()
+    move(publisher)
+    one_step = float(np.abs(publisher._measure().twin - before.twin).mean())
+    monkeypatch.setattr(publisher, "_reference_gap", one_step)  # kernels that blur as much as a step moves
+    monkeypatch.setattr(publisher.engine, "update", lambda weights: weights.weight_version)
+    num_published = 0
+    while publisher.num_rebuilds == 0 and num_published < 20:
+        num_published += 1
+        publisher.publish(num_published)
+        move(publisher)
+    assert publisher.num_rebuilds == 1
+    assert num_published > 1

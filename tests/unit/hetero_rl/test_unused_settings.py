@@ -1,0 +1,38 @@
+"""A setting that another one switches off is named; defaults and settings in force are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy_targets.errors import ProfileError
+from hetero_rl.config import RunConfig, load_config
+from hetero_rl.unused_settings import unused_settings
+from tests.unit.test_benchmarks import ROOT
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ([], []),
+        (["algorithm.tis_cap=3.0"], ["algorithm.tis_cap"]),
+        (["algorithm.tis_cap=3.0", "algorithm.correction='tis'"], []),
+        (["constraint.signal='off'", "constraint.eta=0.2", "constraint.lambda_init=0.5"], ["constraint.lambda_init", "constraint.eta"]),
+        (["constraint.controller='fixed'", "constraint.patience=5", "constraint.lambda_init=0.5"], ["constraint.patience"]),
+        (["loop.num_steps=10", "learner.warmup_steps=10"], ["learner.lr"]),
+        (["loop.num_steps=10", "learner.warmup_steps=9"], []),
+    ],
+)
+def test_what_is_named(settings: list[str], named: list[str]) -> None:
+    config, _ = load_config([], settings)
+    assert [sentence.split()[0] for sentence in unused_settings(config)] == named
+
+
+def test_the_shipped_config_uses_all_it_says() -> None:
+    config, _ = load_config(sorted((ROOT / "configs").glob("*.toml")))
+    assert not list(unused_settings(config))
+
+
+def test_lambda_above_its_bound_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"constraint\.lambda_init = 2 is above constraint\.lambda_max = 1"):
+        load_config([], ["constraint.lambda_init=2.0", "constraint.lambda_max=1.0"])
+    assert RunConfig.model_validate({"constraint": {"signal": "loss"}}).constraint.multiplier_cap == 0.3
