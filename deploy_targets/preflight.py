@@ -11,12 +11,26 @@ from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, make_quantizer
+from deploy_targets.engines.requests import parse_options
+from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
+_MATHS_AFTER_HEAD: Mapping[str, float | None] = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
+"""Keys of config.json that change logits between the output head and the softmax -> the value at which they change nothing.
+
+Learners that take the head's product as the logits, and engines each in their own way, would disagree without an error.
+"""
 
 
 def check_target(profile: TargetProfile) -> list[str]:
@@ -39,11 +53,13 @@ def check_target(profile: TargetProfile) -> list[str]:
     return reasons
 
 
-def preflight(profile: TargetProfile, model_dir: Path) -> None:
+def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None) -> None:
     """Check the model of `model_dir` against the target; reads the headers of its weights, never the data.
 
-    Raises `PreflightError` with everything at once, one line each: a machine that cannot run the target, files that are missing
-    or damaged, tensors that do not fit the scheme, a tokenizer beyond the vocabulary.
+    `num_tokens` (the longest prompt + response) and `temperature` (0: greedy) are those of the run that is planned; None
+    leaves them unchecked. Raises `PreflightError` with everything at once, one line each: a machine that cannot run the target,
+    files that are missing or damaged, tensors that do not fit the scheme, a tokenizer beyond the vocabulary, logits that
+    learner and engine would compute differently, sequences or a temperature that the engine would refuse later.
     """
     offenders = check_target(profile)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -58,7 +74,10 @@ def preflight(profile: TargetProfile, model_dir: Path) -> None:
     except UsageError as error:
         offenders.append(str(error))
     offenders += _tokenizer_offenders(model_dir, config, shapes)
-    offenders += _engine_offenders(profile, config)
+    text_config = _text_config(config)
+    offenders += _head_offenders(text_config)
+    offenders += _length_offenders(profile, text_config, num_tokens)
+    offenders += _engine_offenders(profile, text_config, temperature)
     if offenders:
         raise PreflightError(
             f"model {model_dir.name!r} and target {profile.name!r} (scheme {profile.scheme.name}) do not fit",
@@ -122,12 +141,54 @@ def _tokenizer_offenders(model_dir: Path, config: Mapping[str, Any], shapes: Map
     return [f"tokenizer.json: {len(beyond)} tokens have ids beyond the model's vocabulary of {vocab_size}, e.g. {token!r} with id {index}"]
 
 
-def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any]) -> list[str]:
+def _head_offenders(config: Mapping[str, Any]) -> list[str]:
+    """Settings of the model by which logits are more than the output head's product."""
+    return [
+        f"config.json: {key} = {config[key]!r} changes the logits after the output head, which the learner does not repeat; "
+        f"choose a model without it"
+        for key, neutral in _MATHS_AFTER_HEAD.items()
+        if config.get(key) is not None and config[key] != neutral
+    ]
+
+
+def _length_offenders(profile: TargetProfile, config: Mapping[str, Any], num_tokens: int | None) -> list[str]:
+    """Limits that the longest sequence of a run exceeds; engines would cut its response short instead."""
+    if num_tokens is None:
+        return []
+    max_model_len = profile.engine.options.get("max_model_len", profile.max_model_len)
+    limits = [
+        ("max_model_len of the target", max_model_len, "raise it in a profile of your own"),
+        ("max_position_embeddings of the model", config.get("max_position_embeddings"), "choose a model with more positions"),
+    ]
+    return [
+        f"a prompt with its response can take {num_tokens} tokens, and {name} is {limit}; shorten prompts or responses, or {way_out}"
+        for name, limit, way_out in limits
+        if isinstance(limit, int) and num_tokens > limit
+    ]
+
+
+def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], temperature: float | None) -> list[str]:
     """Pairs of model and engine that are known not to run."""
+    if profile.engine.name != "vllm":
+        return []
+    offenders = []
     has_experts = bool(config.get("num_experts") or config.get("num_local_experts"))
-    if has_experts and profile.engine.name == "vllm" and profile.scheme.bits < 8 and not find_gpus():
-        return [f"vLLM has no {profile.scheme.name} mixture-of-experts kernel for CPUs; serve this model in BF16 or on a GPU"]
-    return []
+    if has_experts and profile.scheme.bits < 8 and not find_gpus():
+        offenders.append(f"vLLM has no {profile.scheme.name} mixture-of-experts kernel for CPUs; serve this model in BF16 or on a GPU")
+    try:
+        options = parse_options(VllmOptions, profile.engine.options, "vllm")
+    except ListedError as error:
+        return [*offenders, *(f"engine.options: {offender}" for offender in error.offenders)]
+    vocab_size = config.get("vocab_size")
+    # Greedy tokens are scored at temperature 1.
+    problem = temperature_problem(options, temperature or 1.0, vocab_size) if isinstance(vocab_size, int) else None
+    return offenders if problem is None else [*offenders, problem]
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the language model; models of several modalities keep them in a table of their own."""
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
 
 
 def _is_installed(package: str) -> bool:

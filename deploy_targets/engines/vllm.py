@@ -11,16 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import vllm
-from pydantic import Field
 from safetensors import safe_open
 
 from deploy_targets.engines.requests import (
-    EngineOptions,
     check_layout,
     check_sequences,
     parse_options,
@@ -28,35 +26,9 @@ from deploy_targets.engines.requests import (
     read_limits,
     response_limits,
 )
+from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import EngineError, UsageError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
-
-
-class VllmOptions(EngineOptions):
-    """The `[engine.options]` of a vLLM target."""
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of activations and of weights that are not quantized."""
-    enforce_eager: bool = False
-    """Skip compilation and graph capture: starts faster, best for tiny models and on CPU."""
-    kv_cache_gib: float | None = Field(None, gt=0)
-    """Size of the KV cache in GiB; None leaves it to vLLM, which on a GPU takes nearly all memory."""
-    kv_cache_dtype: str = "auto"
-    """Dtype of the KV cache, as vLLM names it: auto, fp8, fp8_e5m2, ..."""
-    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    """Share of the memory that vLLM may take; None leaves vLLM's default."""
-    max_num_seqs: int | None = Field(None, ge=1)
-    """Most sequences decoded at once; None leaves vLLM's default."""
-    max_num_batched_tokens: int | None = Field(None, ge=1)
-    """Most tokens in one forward pass; None leaves vLLM's default."""
-    enable_prefix_caching: bool = True
-    """Share the KV cache of equal prompt beginnings within one call."""
-    max_logprobs: int = Field(4096, ge=1)
-    """Largest vocabulary for which `score` works at temperatures other than 1 (it then needs all log-probs)."""
-    cpu_int4_w4a8: bool = True
-    """On CPUs with AMX, vLLM rounds the activations of W4A16 layers to INT8; false keeps them in bf16."""
-    num_threads: int | None = Field(None, ge=1)
-    """CPU threads when hosted in a process of its own; None takes every core that the process may use."""
 
 
 class VllmEngine:
@@ -175,11 +147,9 @@ class VllmEngine:
         """
         llm = self._open_llm()
         check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
-        if temperature != 1 and self._vocab_size > self._options.max_logprobs:
-            raise UsageError(
-                f"vLLM's prompt log-probs ignore the temperature; scoring at {temperature} needs all {self._vocab_size} log-probs of "
-                f"every token, but engine.options.max_logprobs is {self._options.max_logprobs}. Score at temperature 1 or raise it"
-            )
+        problem = temperature_problem(self._options, temperature, self._vocab_size)
+        if problem is not None:
+            raise UsageError(problem)
         num_top = 1 if temperature == 1 else self._vocab_size
         params = vllm.SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False, ignore_eos=True

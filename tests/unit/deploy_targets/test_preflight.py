@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,19 @@ def changed(profile: str, **changes: object) -> TargetProfile:
     return load_profile(profile).model_copy(update=changes)
 
 
+def configure(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 @pytest.fixture
 def model(tiny_models: TinyModels, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_models("qwen3"), tmp_path / "model"))
 
 
-def offenders(profile: TargetProfile, model: Path) -> str:
+def offenders(profile: TargetProfile, model: Path, **run: Any) -> str:
     with pytest.raises(PreflightError) as caught:
-        preflight(profile, model)
+        preflight(profile, model, **run)
     return "\n".join(caught.value.offenders)
 
 
@@ -136,3 +142,62 @@ def test_int4_experts_are_refused_on_a_cpu(model: Path) -> None:
 def test_every_shipped_profile_can_be_checked() -> None:
     for name, profile in shipped_profiles().items():
         assert all("unknown engine" not in reason for reason in check_target(profile)), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{"final_logit_softcapping": 30.0}, {"logit_scale": 0.0625}, {"logits_scaling": 8.0}, {"text_config": {"logit_scale": 0.5}}]
+)
+@pytest.mark.parametrize("target", ["fake", "int4-vllm"])
+def test_maths_after_the_output_head_is_refused(model: Path, target: str, changes: dict[str, object]) -> None:
+    """`learner.update` reads log-probs from the head's product: such a model would train on log-probs that are not its own."""
+    configure(model, **changes)
+    text = offenders(changed(target, hardware=HardwareSpec()), model)
+    assert next(iter(changes.get("text_config", changes))) in text  # type: ignore[call-overload]
+    assert "after the output head" in text
+
+
+def test_maths_that_changes_nothing_passes(model: Path) -> None:
+    configure(model, final_logit_softcapping=None, logit_scale=1.0, logits_scaling=1)
+    preflight(load_profile("fake"), model)
+
+
+def test_all_settings_behind_the_head_are_listed(model: Path) -> None:
+    configure(model, final_logit_softcapping=30.0, logit_scale=2, logits_scaling=8)
+    text = offenders(load_profile("fake"), model)
+    assert all(key in text for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+
+
+def test_a_run_longer_than_target_or_model_is_refused(model: Path) -> None:
+    """The tiny model has 512 positions, the profile allows 1024 tokens."""
+    profile = load_profile("fake")
+    preflight(profile, model, num_tokens=512)
+    text = offenders(profile, model, num_tokens=513)
+    assert "max_position_embeddings of the model is 512" in text
+    assert "max_model_len" not in text
+    both = offenders(profile, model, num_tokens=1025)
+    assert "max_position_embeddings of the model is 512" in both
+    assert "max_model_len of the target is 1024" in both
+    of_options = changed("fake", engine=EngineSpec(name="fake", options={"max_model_len": 64}))
+    assert "max_model_len of the target is 64" in offenders(of_options, model, num_tokens=65)
+
+
+def test_vllm_at_a_temperature_it_cannot_score_at_is_refused(model: Path) -> None:
+    def profile(max_logprobs: int) -> TargetProfile:
+        engine = EngineSpec(name="vllm", process="own", options={"max_logprobs": max_logprobs})
+        return changed("int4-vllm", hardware=HardwareSpec(), engine=engine)
+
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    preflight(profile(vocab_size), model, temperature=0.7)
+    for temperature in (None, 0.0, 1.0):
+        preflight(profile(vocab_size - 1), model, temperature=temperature)
+    text = offenders(profile(vocab_size - 1), model, temperature=0.7)
+    assert f"engine.options.max_logprobs is {vocab_size - 1}" in text
+    configure(model, vocab_size=151936)
+    assert "needs all 151936 log-probs" in offenders(load_profile("int4-vllm"), model, temperature=0.7)
+
+
+def test_wrong_options_of_vllm_are_listed_before_it_starts(model: Path) -> None:
+    profile = changed("int4-vllm", hardware=HardwareSpec(), engine=EngineSpec(name="vllm", options={"max_logprob": 3, "kv_cache_gib": 0}))
+    text = offenders(profile, model)
+    assert "max_logprob: unknown key" in text
+    assert "kv_cache_gib" in text
