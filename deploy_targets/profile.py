@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deploy_targets.errors import ProfileError, UnknownNameError, UsageError
 
@@ -29,8 +30,22 @@ class SchemeSpec(_Table):
     """Input channels that share one scale; None where the scheme has no groups."""
     symmetric: bool = True
     """Whether the grid is symmetric around zero (no zero points)."""
-    ignore: tuple[str, ...] = ()
-    """Modules kept in high precision, as exact names or regular expressions after `re:` (llm-compressor's notation)."""
+    ignore: tuple[str, ...] | None = None
+    """Modules kept in high precision, as exact names or regular expressions after `re:` (llm-compressor's notation).
+
+    Absent, the quantizer has its own default (compressed-tensors: `lm_head`); an empty list keeps nothing.
+    """
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns_compile(cls, ignore: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in ignore or ():
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return ignore
 
 
 class EngineSpec(_Table):
@@ -90,7 +105,7 @@ class TargetProfile(_Table):
     hardware: HardwareSpec = HardwareSpec()
     """What must be present."""
     max_model_len: int = Field(1024, ge=2)
-    """Longest prompt + response in tokens that the target serves."""
+    """Longest prompt + response in tokens that the target serves; a model with fewer positions sets the limit."""
     gates: GateSpec = GateSpec()
     """Bounds of `verify-deploy`."""
     constraint: dict[str, Any] = Field(default_factory=dict)

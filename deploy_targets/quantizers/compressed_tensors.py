@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
-from compressed_tensors.utils import match_name
 
 from deploy_targets.errors import ProfileError
-from deploy_targets.quantizers.model_files import is_tied_copy, read_config, write_model_files
+from deploy_targets.quantizers.model_files import is_ignored, is_tied_copy, read_config, unmatched_ignores, write_model_files
 
 if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
 
+_HEAD = "lm_head"
 _SCALE_DTYPE = torch.bfloat16
 _Q_MIN, _Q_MAX = -8, 7
 _CPU_TILE = 32
@@ -43,7 +43,7 @@ class CompressedTensorsQuantizer:
     deterministic = True
 
     def __init__(self, scheme: SchemeSpec, model_config: Mapping[str, Any]) -> None:
-        """Take `group_size` (None: one scale per output channel) and `ignore` (empty: `lm_head`) from the scheme.
+        """Take `group_size` (None: one scale per output channel) and `ignore` (absent: `lm_head`) from the scheme.
 
         Raises `ProfileError` with everything in the scheme that this quantizer cannot do.
         """
@@ -60,11 +60,15 @@ class CompressedTensorsQuantizer:
             raise ProfileError("the quantizer 'compressed-tensors' cannot make this scheme", wrong)
         self._model_config = model_config
         self._group_size = scheme.group_size
-        self._ignore = scheme.ignore or ("lm_head",)
+        self._asked_ignore = scheme.ignore or ()
+        self._ignore = (_HEAD,) if scheme.ignore is None else scheme.ignore
 
     def offenders(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """Every tensor that the format or vLLM's kernels cannot take: one line each, with name, shape and reason."""
-        found = []
+        """Every tensor that the format or vLLM's kernels cannot take, and every `ignore` without effect: one line each, with the reason."""
+        tied = is_tied_copy(f"{_HEAD}.weight", self._model_config)
+        found = unmatched_ignores(self._asked_ignore, [*(name.rpartition(".")[0] for name in shapes), *([_HEAD] if tied else [])])
+        if tied and not is_ignored(_HEAD, self._ignore):
+            found.append(f"{_HEAD}: it is the embedding, which is not quantized; list {_HEAD!r} under scheme.ignore, or leave the key out")
         fused: dict[str, list[str]] = defaultdict(list)
         for name, shape in shapes.items():
             layer, _, module = name.removesuffix(".weight").rpartition(".")
@@ -100,7 +104,7 @@ class CompressedTensorsQuantizer:
         last = module.rpartition(".")[2]
         if "norm" in last or "embed" in last:
             return False
-        return not any(match_name(module, target) for target in self._ignore)
+        return not is_ignored(module, self._ignore)
 
     def quantize(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """`weight` -> `weight_packed`, `weight_scale`, `weight_shape`; other tensors as bf16 under their own names."""

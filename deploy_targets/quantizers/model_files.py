@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,21 @@ def is_tied_copy(name: str, model_config: Mapping[str, Any]) -> bool:
     Such a head is stored once, as the embedding, as transformers does.
     """
     return name == "lm_head.weight" and bool(model_config.get("tie_word_embeddings"))
+
+
+def is_ignored(module: str, ignore: Iterable[str]) -> bool:
+    """Whether `ignore` names `module`: exactly, or by a regular expression after `re:` that matches from the start."""
+    return any(re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module for entry in ignore)
+
+
+def unmatched_ignores(ignore: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """A line for each entry of `ignore` that keeps nothing, as it names none of `modules`; the nearest names are suggested."""
+    names = sorted(set(modules))
+    lines = []
+    for entry in ignore:
+        if any(is_ignored(name, (entry,)) for name in names):
+            continue
+        near = [] if entry.startswith("re:") else difflib.get_close_matches(entry, names, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f", e.g. {names[0]!r}" if names else ""
+        lines.append(f"scheme.ignore {entry!r}: matches no module of the model{hint}")
+    return lines

@@ -23,6 +23,8 @@ class NoQuantizer:
     def __init__(self, scheme: SchemeSpec, model_config: Mapping[str, Any]) -> None:
         """Raise `ProfileError` for a scheme that asks for something this quantizer would ignore."""
         asked = [f"scheme.{key}: {value!r} has no effect without quantization" for key, value in _quantizing_keys(scheme)]
+        if scheme.name != "BF16":
+            asked.append(f"scheme.name: weights that are not quantized are BF16 (got {scheme.name!r})")
         if asked:
             raise ProfileError("the quantizer 'none' cannot make this scheme", asked, "remove these keys or choose another quantizer")
         self._model_config = model_config
@@ -54,6 +56,8 @@ def _quantizing_keys(scheme: SchemeSpec) -> list[tuple[str, object]]:
         asked.append(("bits", scheme.bits))
     if scheme.group_size is not None:
         asked.append(("group_size", scheme.group_size))
-    if scheme.ignore:
+    if not scheme.symmetric:
+        asked.append(("symmetric", scheme.symmetric))
+    if scheme.ignore is not None:
         asked.append(("ignore", scheme.ignore))
     return asked

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.errors import PreflightError, WeightsError
+from deploy_targets.quantizers.model_files import is_ignored, unmatched_ignores
 
 if TYPE_CHECKING:
     import torch
@@ -106,10 +107,12 @@ class OnnxMatMulNBitsQuantizer:
     def __init__(self, scheme: SchemeSpec, model_config: Mapping[str, Any]) -> None:
         """Raises `PreflightError` for a scheme or a model family that has no such graph."""
         self.scheme = scheme
+        self._ignore = scheme.ignore or ()
         self.group_size = scheme.group_size or 0
         self.family = str(model_config.get("model_type", ""))
         self.tied = bool(model_config.get("tie_word_embeddings", False))
         self.num_layers = int(model_config.get("num_hidden_layers", 0))
+        self.vocab_size = int(model_config.get("vocab_size", 0))
         problems = []
         if self.family not in FAMILIES:
             problems.append(f"model_type {self.family!r} is not one of {', '.join(FAMILIES)}")
@@ -127,7 +130,7 @@ class OnnxMatMulNBitsQuantizer:
             raise PreflightError("the ONNX int4 target cannot hold this model", problems)
 
     def offenders(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """Every tensor without a place in the graph or with an input size that the groups do not divide."""
+        """Every tensor without a place in the graph, with an input size that the groups do not divide, or taken for the head."""
         lines, modules = [], set()
         for name, shape in shapes.items():
             place = self._place(name)
@@ -137,11 +140,13 @@ class OnnxMatMulNBitsQuantizer:
             modules.add(place.module)
             if self.quantizes(name) and shape[-1] % self.group_size:
                 lines.append(f"{name}: input size {shape[-1]} is not a multiple of group_size {self.group_size}")
+            if place.kind == "linear" and place.module != _HEAD and shape[0] == self.vocab_size:
+                # has_lm_head in onnxruntime_genai/models/builders/base.py (0.18) looks at nothing but the output size.
+                reason = "the model builder takes it for the output head and makes a wrong graph; add unused tokens to the vocabulary"
+                lines.append(f"{name}: its output size {shape[0]} is the size of the vocabulary; {reason}")
         if self.tied:
             modules.add(_HEAD)
-        for pattern in self.scheme.ignore:
-            if not any(_matches(pattern, module) for module in modules):
-                lines.append(f"scheme.ignore {pattern!r}: matches no module of the model")
+        lines += unmatched_ignores(self._ignore, modules)
         for layer in range(self.num_layers):
             parts = [f"model.layers.{layer}.self_attn.{part}" for part in _QKV]
             kept = [part for part in parts if self._ignored(part)]
@@ -239,7 +244,7 @@ class OnnxMatMulNBitsQuantizer:
         return _Place(f"{layer}.{inner}", target, "linear", part, num_parts)
 
     def _ignored(self, module: str) -> bool:
-        return any(_matches(pattern, module) for pattern in self.scheme.ignore)
+        return is_ignored(module, self._ignore)
 
     def _excluded_nodes(self) -> list[str]:
         """The builder's names of the nodes that stay in float32."""
@@ -250,8 +255,3 @@ class OnnxMatMulNBitsQuantizer:
                 if self._ignored(f"model.layers.{layer}.{inner}") and node not in nodes:
                     nodes.append(node)
         return nodes
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """llm-compressor's notation: an exact module name, or a regular expression after `re:`."""
-    return re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module

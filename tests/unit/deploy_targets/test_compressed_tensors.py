@@ -14,19 +14,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deploy_targets.errors import ProfileError
-from deploy_targets.profile import SchemeSpec
+from deploy_targets.profile import SchemeSpec, parse_profile, profile_text
 from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer, pack_int4, quantize_int4
 from deploy_targets.weights_file import write_weights
 from tests.conftest import TinyModels
+from tests.models import Family
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
-def w4a16(group_size: int | None = 32, ignore: tuple[str, ...] = ("lm_head",)) -> SchemeSpec:
+def w4a16(group_size: int | None = 32, ignore: tuple[str, ...] | None = None) -> SchemeSpec:
     return SchemeSpec(quantizer="compressed-tensors", name="W4A16", bits=4, group_size=group_size, ignore=ignore)
 
 
-def quantizer(group_size: int | None = 32, ignore: tuple[str, ...] = ("lm_head",), tied: bool = False) -> CompressedTensorsQuantizer:
+def quantizer(group_size: int | None = 32, ignore: tuple[str, ...] | None = None, tied: bool = False) -> CompressedTensorsQuantizer:
     return CompressedTensorsQuantizer(w4a16(group_size, ignore), {"tie_word_embeddings": tied})
 
 
@@ -92,7 +93,7 @@ def test_names_that_are_quantized() -> None:
         "model.layers.0.self_attn.q_proj.bias",
     ]
     assert [name for name in names if quantizer().quantizes(name)] == names[:2]
-    assert [name for name in names if quantizer(ignore=()).quantizes(name)] == names[:2]
+    assert [name for name in names if quantizer(ignore=()).quantizes(name)] == names[:3], "an empty list keeps nothing"
     kept = quantizer(ignore=("lm_head", r"re:.*layers\.3\..*"))
     assert [name for name in names if kept.quantizes(name)] == names[:1]
     untouched = random_weight()
@@ -140,6 +141,32 @@ def test_offenders_names_fused_layers_that_are_kept_in_part() -> None:
     assert line.endswith("model.layers.0.mlp.up_proj.weight")
 
 
+def test_ignored_names_that_match_nothing_are_offenders_with_the_nearest_names() -> None:
+    shapes = {f"model.layers.0.mlp.{name}_proj.weight": (64, 64) for name in ("gate", "up", "down")}
+    assert quantizer().offenders(shapes) == []
+    ignore = ("lm_head", "model.layers.0.mlp.down_prj", r"re:.*layers\.9\..*", r"re:model\.layers\.0\.mlp\.down")
+    found = quantizer(ignore=ignore).offenders(shapes)
+    assert [line.split(":", 1)[0] for line in found[:2]] == ["scheme.ignore 'lm_head'", "scheme.ignore 'model.layers.0.mlp.down_prj'"]
+    assert "did you mean 'model.layers.0.mlp.down_proj'" in found[1]
+    assert found[2].startswith(r"scheme.ignore 're:.*layers\\.9\\..*': matches no module")
+    assert len(found) == 3
+
+
+def test_a_tied_head_counts_as_a_module_and_must_be_kept() -> None:
+    """It is one matrix with the embedding, of which readers look up rows."""
+    shapes = {"model.embed_tokens.weight": (64, 64), "model.layers.0.mlp.down_proj.weight": (64, 64)}
+    assert quantizer(ignore=("lm_head",), tied=True).offenders(shapes) == []
+    assert quantizer(tied=True).offenders(shapes) == []
+    (line,) = quantizer(ignore=(), tied=True).offenders(shapes)
+    assert line.startswith("lm_head: it is the embedding")
+
+
+def test_a_pattern_that_does_not_compile_is_refused_with_the_profile() -> None:
+    text = profile_text("int4-vllm").replace('ignore = ["lm_head"]', 'ignore = ["re:(lm_head"]')
+    with pytest.raises(ProfileError, match=r"scheme\.ignore: .*'re:\(lm_head' is no regular expression"):
+        parse_profile(text, "mine.toml")
+
+
 def test_a_scheme_it_cannot_make_is_refused_at_once() -> None:
     scheme = SchemeSpec(quantizer="compressed-tensors", name="W3A16", bits=3, group_size=33, symmetric=False)
     with pytest.raises(ProfileError) as caught:
@@ -152,13 +179,15 @@ def test_a_scheme_it_cannot_make_is_refused_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", False), ("qwen2", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "tied", "ignore"), [("qwen3", False, None), ("qwen2", True, None), ("llama", False, None), ("qwen3", False, ())]
+)
 def test_transformers_loads_the_folder_and_computes_with_the_dequantized_weights(
-    family: str, tied: bool, tiny_models: TinyModels, tmp_path: Path
+    family: Family, tied: bool, ignore: tuple[str, ...] | None, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     model_dir = tiny_models(family, tied=tied)
     config = json.loads((model_dir / "config.json").read_text())
-    made = CompressedTensorsQuantizer(w4a16(), config)
+    made = CompressedTensorsQuantizer(w4a16(ignore=ignore), config)
     tensors = load_file(model_dir / "model.safetensors")
     digests = {write_weights(tmp_path / "model.safetensors", made.quantize(tensors.items()), 4 * len(tensors)) for _ in range(2)}
     assert len(digests) == 1

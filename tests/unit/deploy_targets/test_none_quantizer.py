@@ -42,8 +42,14 @@ def test_the_scaffold_and_the_weights_are_the_model_again(tiny_models: TinyModel
 
 def test_settings_without_effect_are_refused_all_at_once() -> None:
     with pytest.raises(ProfileError) as caught:
-        NoQuantizer(SchemeSpec(quantizer="none", bits=4, group_size=32, ignore=("lm_head",)), {})
-    assert len(caught.value.offenders) == 3
+        NoQuantizer(SchemeSpec(quantizer="none", name="W4A16", bits=4, group_size=32, symmetric=False, ignore=()), {})
+    keys = [line.split(":")[0].removeprefix("scheme.") for line in caught.value.offenders]
+    assert keys == ["bits", "group_size", "symmetric", "ignore", "name"]
+
+
+def test_a_scheme_name_that_promises_quantization_is_refused() -> None:
+    with pytest.raises(ProfileError, match="got 'W4A16'"):
+        NoQuantizer(SchemeSpec(quantizer="none", name="W4A16"), {})
 
 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:

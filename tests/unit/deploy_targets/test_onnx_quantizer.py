@@ -141,6 +141,18 @@ def test_offenders_lists_every_tensor_that_does_not_fit(tiny_models: TinyModels)
     }
     assert len(lines) == 5
     assert "input size 100 is not a multiple of group_size 32" in lines[0]
+    assert any("did you mean 'lm_head'?" in line for line in lines)
+
+
+def test_layers_that_the_builder_would_take_for_the_head_are_named(tiny_models: TinyModels) -> None:
+    """The vocabulary has 36 tokens, and k and v of one head have 36 outputs."""
+    model_dir = tiny_models("qwen3", head_dim=36, num_kv_heads=1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint(model_dir).items()}
+    lines = quantizer(model_dir, group_size=16).offenders(shapes)
+    assert [line.split(":")[0] for line in lines] == [
+        f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in ("k", "v")
+    ]
+    assert all("output size 36 is the size of the vocabulary" in line for line in lines)
 
 
 def test_an_unsupported_model_or_scheme_is_refused_with_every_reason(tiny_models: TinyModels) -> None:
