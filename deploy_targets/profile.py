@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deploy_targets.errors import ProfileError, UnknownNameError, UsageError
 
@@ -57,6 +57,13 @@ class EngineSpec(_Table):
     """`own` hosts the engine in a process of its own, so that its threads and memory are not the learner's."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The engine's own options; the engine validates them and refuses unknown keys."""
+
+    @model_validator(mode="after")
+    def _threads_need_a_process(self) -> EngineSpec:
+        # PyTorch's threads belong to the whole process: in a shared one they would be taken from the learner, or never set.
+        if self.process == "shared" and self.name in ("transformers", "vllm") and self.options.get("num_threads") is not None:
+            raise ValueError(f"the option num_threads of {self.name!r} has no effect in a shared process; set engine.process = 'own'")
+        return self
 
 
 class HardwareSpec(_Table):

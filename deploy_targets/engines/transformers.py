@@ -36,7 +36,7 @@ class TransformersOptions(EngineOptions):
     score_batch_size: int = Field(32, ge=1)
     """Sequences scored in one forward pass; bounds the memory for logits."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads when hosted in a process of its own; None takes every core that the process may use."""
+    """CPU threads, for `engine.process = "own"` alone; None takes every core that the process may use."""
 
 
 class TransformersEngine:

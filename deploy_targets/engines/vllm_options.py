@@ -33,7 +33,7 @@ class VllmOptions(EngineOptions):
     cpu_int4_w4a8: bool = True
     """On CPUs with AMX, vLLM rounds the activations of W4A16 layers to INT8; false keeps them in bf16."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads when hosted in a process of its own; None takes every core that the process may use."""
+    """CPU threads, for `engine.process = "own"` alone; None takes every core that the process may use."""
 
 
 def temperature_problem(options: VllmOptions, temperature: float, vocab_size: int) -> str | None:

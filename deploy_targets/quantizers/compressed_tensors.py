@@ -143,7 +143,9 @@ class CompressedTensorsQuantizer:
             strategy="channel" if self._group_size is None else "group",
             group_size=self._group_size,
         )
-        scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=CompressionFormat.pack_quantized.value)
+        # vLLM's output head is no Linear: it is quantized when a target names it.
+        targets = ["Linear"] if is_ignored(_HEAD, self._ignore) else ["Linear", _HEAD]
+        scheme = QuantizationScheme(targets=targets, weights=weights, format=CompressionFormat.pack_quantized.value)
         config = QuantizationConfig(
             config_groups={"group_0": scheme},
             ignore=list(self._ignore),
