@@ -65,7 +65,7 @@ def measuring_seconds(learner: Learner, sequences: list[TrainSequence]) -> Calla
     prompts, responses = [s.prompt for s in sequences], [s.tokens for s in sequences]
     scored = learner.score([s.sequence for s in sequences])
     parts = []
-    for batch in micro_batches(prompts, responses, learner.config.tokens_per_micro_batch, learner.device):
+    for batch in micro_batches(prompts, responses, learner.config.tokens_per_micro_batch, learner.device, packed=learner.packed):
         learner_logp = batch.flatten([score.logps for score in scored], learner.device)
         parts.append((learner_logp, learner_logp.clone(), batch.flatten([s.engine_logp for s in sequences], learner.device)))
     config = DualConfig(tolerance=0.01, eta=0.05, lambda_max=2.0, lambda_infeasible=MULTIPLIER)

@@ -115,19 +115,21 @@ def matmul_parameters(lm: Any) -> tuple[int, int]:
 
 
 def forward_flop(lm: Any, sequences: list[TokenSequence]) -> int:
-    """Useful FLOP of one teacher-forced forward pass, no padding counted.
+    """Useful FLOP of one teacher-forced forward pass: no padding counted, and each distinct prompt once.
 
-    2 per weight and token (head: response tokens only) and, per layer, QK^T and AV over the causal half: 2 L^2 heads head_dim.
-    The backward pass takes twice as much.
+    2 per weight and token (head: response tokens only) and, per layer, QK^T and AV over the causal half: 2 L^2 heads head_dim
+    for a sequence of L tokens. The backward pass takes twice as much.
     """
     body, head = matmul_parameters(lm)
     config = lm.config
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    flop = 0
+    attention = config.num_hidden_layers * 2 * width
+    prompts = {sequence.tokens[: sequence.prompt_len] for sequence in sequences}
+    flop = sum(2 * body * len(prompt) + attention * len(prompt) ** 2 for prompt in prompts)
     for sequence in sequences:
         length = len(sequence.tokens) - 1
-        flop += 2 * body * length + 2 * head * (len(sequence.tokens) - sequence.prompt_len)
-        flop += config.num_hidden_layers * 2 * length**2 * width
+        flop += 2 * body * (length - sequence.prompt_len) + 2 * head * (len(sequence.tokens) - sequence.prompt_len)
+        flop += attention * (length**2 - sequence.prompt_len**2)
     return flop
 
 

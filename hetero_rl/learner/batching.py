@@ -1,30 +1,41 @@
-"""Rollouts -> padded micro-batches. Response tokens become flat arrays, so that no maths ever sees padding."""
+"""Rollouts -> micro-batches. Response tokens become flat arrays, so that no maths ever sees padding.
+
+Two layouts. *Packed*: all tokens in one row and each distinct prompt once, however many responses it has; only the attention
+knows which tokens see which. *Padded*: a row per sequence, for models and devices whose attention cannot be told.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from hetero_rl.learner.attention import Packing, pack
+
+Tokens = Sequence[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Right-padded sequences and the flat positions of their response tokens.
+    """Token ids and the flat positions of their response tokens.
 
-    `input_ids`: int64 [num_sequences, length]. `rows`, `columns`: int64 [num_tokens], where the logits lie that predict
-    each response token; `targets`: int64 [num_tokens], those tokens. `indices`: the sequences' places in the input.
-    Right padding needs no attention mask: causal attention never looks ahead, and outputs at padding are not read.
+    `input_ids`: int64 [num_rows, length]. `places`: int64 [num_tokens], where in [num_rows * length] the logits lie that
+    predict each response token; `targets`: int64 [num_tokens], those tokens. `indices`: the sequences' places in the input, and
+    `lengths` their numbers of response tokens. `position_ids`: int64 [1, length] of a packed batch, with its `packing`.
+    Padding is on the right and needs no mask: causal attention never looks ahead, and outputs at padding are not read.
     """
 
     input_ids: Tensor
-    rows: Tensor
-    columns: Tensor
+    places: Tensor
     targets: Tensor
     indices: tuple[int, ...]
     lengths: tuple[int, ...]
+    position_ids: Tensor | None = None
+    packing: Packing | None = None
 
     def flatten(self, arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """Concatenate the per-token arrays of this batch's sequences: float32 [num_tokens]."""
@@ -36,42 +47,99 @@ class MicroBatch:
 
 
 def micro_batches(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int] | np.ndarray], max_tokens: int, device: torch.device
+    prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int, device: torch.device, *, packed: bool
 ) -> Iterator[MicroBatch]:
-    """Sort by length, cut where the padded size would pass `max_tokens`; a longer single sequence gets a batch of its own."""
+    """Cut into batches of at most `max_tokens` tokens, padding included; a longer single sequence gets a batch of its own."""
+    cut = _packed_cuts(prompts, responses, max_tokens) if packed else _padded_cuts(prompts, responses, max_tokens)
+    collate = collate_packed if packed else collate_padded
+    for indices in cut:
+        yield collate(indices, [prompts[i] for i in indices], [responses[i] for i in indices], device)
+
+
+def _padded_cuts(prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int) -> Iterator[list[int]]:
+    """Sorted by length, so that little is padding."""
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
-        longest = lengths[order[start]]
-        num_sequences = max(1, max_tokens // longest)
-        yield _collate(order[start : start + num_sequences], prompts, responses, longest, device)
+        num_sequences = max(1, max_tokens // lengths[order[start]])
+        yield order[start : start + num_sequences]
         start += num_sequences
 
 
-def _collate(
-    indices: list[int], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int] | np.ndarray], length: int, device: torch.device
+def _packed_cuts(prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int) -> Iterator[list[int]]:
+    """Responses to one prompt stay together, and groups of similar length, so that the attention pads little."""
+    keys = [tuple(prompt) for prompt in prompts]
+    longest: dict[tuple[int, ...], int] = {}
+    for key, response in zip(keys, responses, strict=True):
+        longest[key] = max(longest.get(key, 0), len(response))
+    order = sorted(range(len(keys)), key=lambda i: (-longest[keys[i]], keys[i], -len(responses[i]), i))
+    batch: list[int] = []
+    num_tokens = 0
+    for i in order:
+        shared = bool(batch) and keys[batch[-1]] == keys[i]
+        added = len(responses[i]) - 1 + (0 if shared else len(keys[i]))
+        if batch and num_tokens + added > max_tokens:
+            yield batch
+            batch, num_tokens, added = [], 0, len(responses[i]) - 1 + len(keys[i])
+        batch.append(i)
+        num_tokens += added
+    if batch:
+        yield batch
+
+
+def collate_padded(
+    indices: Sequence[int], prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], device: torch.device
 ) -> MicroBatch:
+    """One row per sequence, padded on the right."""
+    length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
     input_ids = np.zeros((len(indices), length), dtype=np.int64)
-    rows, columns, targets = [], [], []
-    for row, index in enumerate(indices):
-        prompt, response = prompts[index], responses[index]
+    places = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         input_ids[row, : len(prompt)] = prompt
         input_ids[row, len(prompt) : end] = response
-        rows.append(np.full(len(response), row))
-        columns.append(np.arange(len(prompt) - 1, end - 1))
-        targets.append(np.asarray(response, dtype=np.int64))
-
-    def flat(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
-
+        places.append(row * (length - 1) + np.arange(len(prompt) - 1, end - 1))
     # The last token of a sequence predicts nothing that is read, so its column need not be computed.
-    return MicroBatch(
-        torch.from_numpy(input_ids[:, : length - 1]).to(device),
-        flat(rows),
-        flat(columns),
-        flat(targets),
-        tuple(indices),
-        tuple(len(responses[i]) for i in indices),
-    )
+    return _micro_batch(indices, input_ids[:, : length - 1], places, responses, device)
+
+
+def collate_packed(
+    indices: Sequence[int], prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], device: torch.device
+) -> MicroBatch:
+    """All in one row: each distinct prompt, its responses after it, none of which sees another."""
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[NDArray[np.int64]] = []
+    prompt_starts: dict[tuple[int, ...], int] = {}
+    spans: list[tuple[int, int, int]] = []
+    for prompt, response in zip(map(tuple, prompts), responses, strict=True):
+        if prompt not in prompt_starts:
+            prompt_starts[prompt] = len(ids)
+            ids += prompt
+            positions += range(len(prompt))
+        # The last token of a response predicts nothing that is read, so it need not be there.
+        begin, num_inputs = len(ids), len(response) - 1
+        ids += map(int, response[:-1])
+        positions += range(len(prompt), len(prompt) + num_inputs)
+        places.append(np.array([prompt_starts[prompt] + len(prompt) - 1, *range(begin, begin + num_inputs)][: len(response)], np.int64))
+        if num_inputs > 0:
+            spans.append((begin, num_inputs, prompt_starts[prompt]))
+    packing = pack([(start, len(prompt)) for prompt, start in prompt_starts.items()], spans, positions, len(ids), device)
+    batch = _micro_batch(indices, np.array([ids]), places, responses, device)
+    return replace(batch, position_ids=torch.tensor([positions], device=device), packing=packing)
+
+
+def _micro_batch(
+    indices: Sequence[int],
+    input_ids: NDArray[np.int64],
+    places: Sequence[NDArray[np.int64]],
+    responses: Sequence[Tokens],
+    device: torch.device,
+) -> MicroBatch:
+    def on_device(array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+
+    targets = np.concatenate([np.asarray(response, dtype=np.int64) for response in responses])
+    lengths = tuple(len(response) for response in responses)
+    return MicroBatch(on_device(input_ids), on_device(np.concatenate(places)), on_device(targets), tuple(indices), lengths)

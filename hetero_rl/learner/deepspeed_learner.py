@@ -24,7 +24,8 @@ from hetero_rl.algorithm import corrections, losses, signals
 from hetero_rl.algorithm.discrepancy import GapSums, masked_mean, split_gap
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
-from hetero_rl.learner.batching import MicroBatch, micro_batches
+from hetero_rl.learner.attention import follows_packing
+from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.policy import Policy, TokenStats
@@ -76,6 +77,7 @@ class Learner:
         self.twins = add_twin(lm, quantizer)
         if self.compute_dtype is torch.float32:
             compute_in_float32(lm)
+        self.packed = follows_packing(lm)
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
         self._engine = _initialize(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
         self.device: torch.device = self._engine.device
@@ -95,7 +97,7 @@ class Learner:
         responses = [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
         scores: dict[int, LearnerScores] = {}
         with torch.no_grad():
-            for batch in micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device):
+            for batch in self._micro_batches(prompts, responses):
                 stats = self._forward(batch, as_twin=as_twin)
                 for (index, logps), (_, greedy) in zip(batch.unflatten(stats.logp), batch.unflatten(stats.greedy), strict=True):
                     scores[index] = LearnerScores(logps, greedy)
@@ -127,7 +129,7 @@ class Learner:
         responses = [sequence.tokens for sequence in sequences]
         totals: dict[str, float] = {}
         gap = GapSums()
-        for batch in micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device):
+        for batch in self._micro_batches(prompts, responses):
             loss, part_gap, part = self._loss(batch, sequences, multiplier)
             self._engine.backward(loss / num_tokens)
             gap = gap + part_gap
@@ -183,10 +185,11 @@ class Learner:
         return filled
 
     def _forward(self, batch: MicroBatch, *, with_twin_kl: bool = False, as_twin: bool = False) -> TokenStats:
-        stats: TokenStats = self._engine(
-            batch.input_ids, batch.rows, batch.columns, batch.targets, self.temperature, with_twin_kl=with_twin_kl, as_twin=as_twin
-        )
+        stats: TokenStats = self._engine(batch, self.temperature, with_twin_kl=with_twin_kl, as_twin=as_twin)
         return stats
+
+    def _micro_batches(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens]) -> Iterator[MicroBatch]:
+        return micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device, packed=self.packed)
 
     def _count_skips(self, num_skipped: int, grad_norm: float, loss: float) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if num_skipped else 0

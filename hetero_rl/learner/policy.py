@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hetero_rl.algorithm.signals import grey_box_kl
+from hetero_rl.learner.attention import packed_arguments
+from hetero_rl.learner.batching import MicroBatch
 from hetero_rl.learner.fake_quant import TwinLayer, twin
 
 
@@ -36,22 +38,14 @@ class Policy(nn.Module):
         self.twins = twins
         self.chunk_elements = chunk_elements
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        targets: Tensor,
-        temperature: float,
-        with_twin_kl: bool = False,
-        as_twin: bool = False,
-    ) -> TokenStats:
-        """Statistics of `targets` at (`rows`, `columns`) of `input_ids`; arguments as in `MicroBatch`.
+    def forward(self, batch: MicroBatch, temperature: float, with_twin_kl: bool = False, as_twin: bool = False) -> TokenStats:
+        """Statistics of the response tokens of `batch`, at the rollout temperature.
 
         `with_twin_kl` runs the fake-quantized twin beside the learner (a second forward pass); `as_twin` runs the twin alone.
         """
-        hidden = self._hidden(input_ids, as_twin)[rows, columns]
-        twin_hidden = self._hidden(input_ids, as_twin=True)[rows, columns] if with_twin_kl else None
+        targets = batch.targets
+        hidden = self._hidden(batch, as_twin)
+        twin_hidden = self._hidden(batch, as_twin=True) if with_twin_kl else None
         chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))
         parts = []
         for start in range(0, len(targets), chunk):
@@ -63,10 +57,13 @@ class Policy(nn.Module):
         logp, entropy, greedy, kl = zip(*parts, strict=True)
         return TokenStats(torch.cat(logp), torch.cat(entropy), torch.cat(greedy), torch.cat(kl) if with_twin_kl else None)
 
-    def _hidden(self, input_ids: Tensor, as_twin: bool) -> Tensor:
+    def _hidden(self, batch: MicroBatch, as_twin: bool) -> Tensor:
+        """The last hidden states that predict the response tokens, [num_tokens, hidden_size]."""
+        packed = {} if batch.packing is None else {"position_ids": batch.position_ids, **packed_arguments(batch.packing)}
         with twin(self.twins if as_twin else []):
-            hidden: Tensor = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden
+            hidden: Tensor = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
+        # `embedding` is the gather whose backward pass runs in parallel.
+        return nn.functional.embedding(batch.places, hidden.flatten(0, 1))
 
     def _logits(self, hidden: Tensor, temperature: float, as_twin: bool) -> Tensor:
         with twin(self.twins if as_twin else []):
