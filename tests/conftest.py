@@ -12,6 +12,10 @@ import pytest
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
 
 from tests.models import Family, tiny_model
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
+
+# Hooks that pytest finds here by their names.
+__all__ = ["TinyModels", "pytest_make_collect_report", "pytest_runtest_makereport", "tiny_models"]
 
 TinyModels = Callable[..., Path]
 
