@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy_targets.catalog import make_quantizer
-from deploy_targets.errors import UsageError
 from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling
@@ -49,10 +48,11 @@ class Inputs:
 def check_inputs(config: RunConfig, profile: TargetProfile) -> Inputs:
     """Find the model, check it against the target, load tokenizer, problems and reward. Raises `UsageError` and its branches."""
     model_dir = resolve_model(config.model.path)
-    preflight(profile, model_dir)
-    check_lengths(config, profile)
+    preflight(profile, model_dir, num_tokens=1 + config.loop.max_response_tokens, temperature=config.loop.temperature)
     tokenizer = load_tokenizer(model_dir)
-    return Inputs(model_dir, tokenizer, load_task(config.task, tokenizer, config.loop.seed))
+    task = load_task(config.task, tokenizer, config.loop.seed)
+    preflight(profile, model_dir, num_tokens=task.longest_prompt() + config.loop.max_response_tokens)
+    return Inputs(model_dir, tokenizer, task)
 
 
 def assemble(
@@ -101,15 +101,6 @@ def assemble(
         publisher.num_rebuilds = state.num_rebuilds
         publisher.calibrate(list(state.probes), state.reference_gap)
     return Parts(task, sampling, learner, publisher, state)
-
-
-def check_lengths(config: RunConfig, profile: TargetProfile) -> None:
-    """Responses must leave room for a prompt. Raises `UsageError`."""
-    if config.loop.max_response_tokens >= profile.max_model_len:
-        raise UsageError(
-            f"loop.max_response_tokens = {config.loop.max_response_tokens} leaves no room for a prompt: target {profile.name!r} serves "
-            f"{profile.max_model_len} tokens in all (max_model_len of its profile)"
-        )
 
 
 def newest_checkpoint(run: RunFolder) -> Path | None:

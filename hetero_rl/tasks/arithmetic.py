@@ -49,6 +49,10 @@ class ArithmeticTask(Task):
                 found[operands] = make_problem(*operands)
         return list(found.values())
 
+    def longest_prompt(self) -> int:
+        """Found on a thousand problems: all have the same number of digits."""
+        return max(len(self.encode_prompt(problem)) for problem in self.heldout_problems(1000))
+
     def _range(self) -> range:
         return range(10 ** (self._digits - 1) if self._digits > 1 else 0, 10**self._digits)
 

@@ -69,6 +69,10 @@ class Task(ABC):
         A smaller `num` gives the beginning of what a larger one gives.
         """
 
+    @abstractmethod
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt there is; what a target must have room for besides the response."""
+
     def encode_prompt(self, problem: Problem) -> tuple[int, ...]:
         """Token ids of the prompt; see `encode_prompt`."""
         return encode_prompt(self._tokenizer, problem.prompt)

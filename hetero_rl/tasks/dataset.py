@@ -52,6 +52,10 @@ class DatasetTask(Task):
         """The first `num` held-out problems, or all of them when there are fewer."""
         return self._heldout[:num]
 
+    def longest_prompt(self) -> int:
+        """Of all problems, trained on or held out."""
+        return max(len(self.encode_prompt(problem)) for problem in (*self._train, *self._heldout))
+
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self._train)))
         random.Random(f"dataset/{self._seed}/{epoch}").shuffle(order)

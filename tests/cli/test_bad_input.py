@@ -187,7 +187,7 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
 
 
 def test_response_longer_than_the_target_serves(tmp_path: Path) -> None:
-    fails(hetero_rl("train", "--target", "fake", "--set", "loop.max_response_tokens=5000", cwd=tmp_path), 2, "5000", "max_model_len")
+    fails(hetero_rl("train", "--target", "fake", "--set", "loop.max_response_tokens=5000", cwd=tmp_path), 2, "5001 tokens", "max_model_len")
 
 
 def test_artifact_that_is_none(tmp_path: Path) -> None:
