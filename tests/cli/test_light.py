@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from tests.command_line import hetero_rl
 
-HEAVY = ("torch", "transformers", "deepspeed", "vllm", "onnxruntime", "datasets", "matplotlib")
+HEAVY = ("torch", "transformers", "deepspeed", "vllm", "onnxruntime", "datasets", "matplotlib", "pandas")
+HELP_CPU_S = 0.4
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,29 @@ def test_help(command: tuple[str, ...], tmp_path: Path) -> None:
     result = hetero_rl(*command, "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert "Usage" in result.stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    """The program as it is run, not only its modules: what `python -m hetero_rl --help` has imported when it ends."""
+    command = [sys.executable, "-X", "importtime", "-m", "hetero_rl", "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Usage" in result.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert {"hetero_rl", "typer"} <= imported
+    assert imported.isdisjoint(HEAVY), imported & set(HEAVY)
+
+
+def test_help_answers_at_once() -> None:
+    """CPU time of a fresh process, best of five: another load on the machine does not count."""
+    assert min(cpu_s(sys.executable, "-m", "hetero_rl", "--help") for _ in range(5)) < HELP_CPU_S
+
+
+def cpu_s(*command: str) -> float:
+    """User and system time of a process, seconds."""
+    to_nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    _, status, usage = os.wait4(os.posix_spawn(command[0], command, os.environ, file_actions=to_nowhere), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_targets(tmp_path: Path) -> None:
