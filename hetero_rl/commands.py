@@ -44,6 +44,7 @@ def run_training(
         run, config, profile = _resumed(target, files, settings, run_dir)
     else:
         config, profile = load_config(files, settings, target)
+    _require_one_process()
     _require_runnable(profile)
     _require_packages(profile)
     _prepare_process()
@@ -209,6 +210,15 @@ def _require_runnable(profile: TargetProfile) -> None:
         from deploy_targets.errors import PreflightError
 
         raise PreflightError(f"target {profile.name!r} cannot run on this machine", reasons, "`hetero-rl targets check` shows what can")
+
+
+def _require_one_process() -> None:
+    """A launcher's many processes would each train a run of their own. Raises `UsageError`."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} says that a launcher started several processes, and the learner is one process. "
+            "Start hetero-rl directly, without torchrun, deepspeed or mpirun"
+        )
 
 
 def _require_packages(profile: TargetProfile) -> None:

@@ -355,8 +355,8 @@ def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
 
 
 def _join_process_group(backend: str) -> None:
-    """One rank in this process without any port (ports race), unless a launcher has already said otherwise."""
-    if "RANK" in os.environ or torch.distributed.is_initialized():
+    """One rank in this process without any port: ports race."""
+    if torch.distributed.is_initialized():
         return
     # DeepSpeed asks the environment who it is, even where the process group is there.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})

@@ -207,3 +207,14 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "Nothing was started" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    fails(hetero_rl(*FAKE, cwd=tmp_path, WORLD_SIZE="2", RANK="1"), 2, "WORLD_SIZE = 2", "torchrun")
+
+
+def test_settings_without_effect_are_named(tmp_path: Path) -> None:
+    settings = with_settings("constraint.signal=off", "constraint.eta=0.2")
+    result = hetero_rl(*FAKE, *settings, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: constraint.eta has no effect: constraint.signal is 'off'" in result.stdout
