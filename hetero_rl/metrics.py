@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "step": Metric("count", "optimizer steps taken when the line was written; 0 is before any update"),
+    "step": Metric("count", "steps done so far, each one batch of rollouts and learner.updates_per_rollout updates; 0 is before any"),
     "reward/mean": Metric("reward", "mean reward of the step's responses, as the engine sampled them"),
     "reward/std": Metric("reward", "standard deviation of the same rewards"),
     "reward/dropped": Metric("count", "responses for which the reward function gave None"),
@@ -61,6 +61,9 @@ METRICS: dict[str, Metric] = {
     "perf/eval_s": Metric("s", "evaluation, when there was one", exact=False),
     "perf/rollout_tokens_per_s": Metric("tokens/s", "rollout/tokens over perf/rollout_s", exact=False),
 }
+
+PHASES = {"rollout": "perf/rollout_s", "learner": "perf/learner_s", "publish": "perf/publish_s", "reward": "perf/reward_s"}
+"""What every step spends its time on: the name a person reads, and the metric. Evaluation is left out: few steps have one."""
 
 
 class MetricsWriter:

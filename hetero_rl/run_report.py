@@ -12,10 +12,8 @@ from jinja2 import Environment, PackageLoader
 from deploy_targets.artifact import write_atomically
 from deploy_targets.charts import line_chart
 from hetero_rl.errors import RunFolderError
-from hetero_rl.metrics import METRICS, read_metrics
+from hetero_rl.metrics import METRICS, PHASES, read_metrics
 from hetero_rl.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, PROFILE_FILE
-
-PHASES = {"rollout": "perf/rollout_s", "learner": "perf/learner_s", "publish": "perf/publish_s", "reward": "perf/reward_s"}
 
 
 def write_run_report(run: Path, out: Path) -> Path:

@@ -14,9 +14,9 @@ from rich.text import Text
 from deploy_targets.profile import TargetProfile
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
+from hetero_rl.metrics import PHASES
 
 SPARKS = "▁▂▃▄▅▆▇█"
-PHASES = (("rollout", "perf/rollout_s"), ("learner", "perf/learner_s"), ("publish", "perf/publish_s"), ("reward", "perf/reward_s"))
 
 
 class View:
@@ -110,7 +110,7 @@ class View:
             "discrepancy", f"{gap:.4f}", self._spark("constraint/gap_ema") + Text(f"  tolerance {tolerance:.4f}, ", "dim") + verdict
         )
         table.add_row("lambda", f"{row['constraint/lambda']:.3f}", self._spark("constraint/lambda"))
-        seconds = "  ".join(f"{name} {row[key]:.2f}" for name, key in PHASES)
+        seconds = "  ".join(f"{name} {row[key]:.2f}" for name, key in PHASES.items())
         table.add_row("seconds", f"{row['perf/step_s']:.2f}", Text(seconds, "dim"))
         table.add_row("rollout", f"{row['perf/rollout_tokens_per_s']:,.0f}", Text("tokens/s", "dim"))
         return Panel(Group(table), title=self._title, border_style="cyan", expand=False)

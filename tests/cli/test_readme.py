@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -61,6 +63,11 @@ def test_command_is_one_the_program_knows(command: str) -> None:
 def test_parser_refuses_what_the_program_refuses(command: str) -> None:
     with pytest.raises(Exception, match=r"No such option|unexpected extra argument|Missing parameter"):
         parse(command)
+
+
+def test_generated_docs_are_up_to_date() -> None:
+    result = subprocess.run([sys.executable, ROOT / "scripts" / "make_docs.py", "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
