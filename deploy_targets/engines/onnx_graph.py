@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from deploy_targets.engines.requests import Layout, check_layout, read_layout
 from deploy_targets.errors import ArtifactError, EngineError
 from deploy_targets.types import WEIGHTS_FILE
 from deploy_targets.weights_file import tensor_layout
@@ -23,9 +24,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
 }
-
-Layout = dict[str, tuple[str, tuple[int, ...]]]
-"""Initializer -> (safetensors dtype, shape)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Graph:
                 head_dim=decoder["head_size"],
                 context_length=model["context_length"],
                 vocab_size=model["vocab_size"],
-                layout=_layout(artifact_dir / WEIGHTS_FILE),
+                layout=read_layout(artifact_dir / WEIGHTS_FILE),
             )
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(f"{artifact_dir} is not an ONNX artifact of onnxruntime-genai's builder: {error!r}") from error
@@ -71,12 +69,7 @@ class Graph:
         The file is mapped, not read. Raises `EngineError` naming every tensor that is missing, unknown or of another
         shape or dtype than the graph's.
         """
-        found = _layout(weights)
-        if found != self.layout:
-            problems = [f"{name}: missing" for name in self.layout if name not in found]
-            problems += [f"{name}: not in the graph" for name in found if name not in self.layout]
-            problems += [f"{n}: {found[n]} instead of {want}" for n, want in self.layout.items() if n in found and found[n] != want]
-            raise EngineError(f"{weights} does not fit the graph {self.path}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        check_layout(self.layout, weights)
         values = _mapped(weights)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
@@ -104,13 +97,6 @@ class Graph:
         feed = {"input_ids": ids, "attention_mask": mask.astype(np.int64), **dict.fromkeys(self.past_names, empty)}
         outputs: list[NDArray[np.float32]] = session.run(["logits", *(self.present_names if with_cache else ())], feed)
         return outputs
-
-
-def _layout(path: Path) -> Layout:
-    try:
-        return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensor_layout(path).items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"{path} is not a readable safetensors file: {error!r}") from error
 
 
 def _mapped(path: Path) -> dict[str, ort.OrtValue]:

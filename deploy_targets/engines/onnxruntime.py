@@ -6,7 +6,6 @@ the sampling included, then runs in parallel without a barrier after each of the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.onnx_decode import Draws, chunks_by_tokens, sample_batch
 from deploy_targets.engines.onnx_graph import Graph
-from deploy_targets.errors import EngineError, ProfileError, UsageError
-from deploy_targets.profile import validation_lines
+from deploy_targets.engines.requests import EngineOptions, check_sequences, parse_options, response_limits
+from deploy_targets.errors import EngineError, ProfileError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
 _LOGITS_PER_PASS = 1 << 26
@@ -29,13 +29,9 @@ _TOKENS_PER_PASS = 2048
 """Tokens of one prefill or scoring pass: more only fall out of the caches."""
 
 
-class OnnxRuntimeOptions(BaseModel):
+class OnnxRuntimeOptions(EngineOptions):
     """The `[engine.options]` table of an ONNX target."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_model_len: int = Field(1024, ge=2)
-    """Longest prompt + response in tokens."""
     num_threads: int | None = Field(None, ge=1)
     """Cores to use; all that this process may use by default."""
     threads_per_batch: int = Field(1, ge=1)
@@ -51,10 +47,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, artifact_dir: Path, options: dict[str, Any], weight_version: int) -> None:
         """Open the artifact. Raises `ProfileError` for bad options, `ArtifactError` or `EngineError` for a bad artifact."""
-        try:
-            self.options = OnnxRuntimeOptions.model_validate(options)
-        except ValidationError as error:
-            raise ProfileError("engine.options of an onnxruntime target do not validate", validation_lines(error)) from None
+        self.options = parse_options(OnnxRuntimeOptions, options, "onnxruntime")
         known = ort.get_available_providers()
         if self.options.execution_provider not in known:
             raise ProfileError(
@@ -62,10 +55,8 @@ class OnnxRuntimeEngine:
                 [f"available: {', '.join(known)}"],
             )
         self.graph = Graph.of(Path(artifact_dir))
-        if self.options.max_model_len > self.graph.context_length:
-            limit = f"max_model_len {self.options.max_model_len} exceeds the graph's context length {self.graph.context_length}"
-            raise ProfileError("the artifact does not fit the profile", [limit], "Lower max_model_len or rebuild from a longer model.")
-        num_threads = self.options.num_threads or _usable_cores()
+        self._max_model_len = min(self.options.max_model_len, self.graph.context_length)
+        num_threads = self.options.num_threads or num_usable_cores()
         self._num_batches = max(1, num_threads // self.options.threads_per_batch)
         self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="onnxruntime-batch")
         self._closed = False
@@ -76,6 +67,7 @@ class OnnxRuntimeEngine:
 
         Raises `EngineError` naming each tensor that does not fit; the engine then still serves the old version.
         """
+        self._check_open()
         self._session, self._weights = self.graph.session(weights.path, self.options.execution_provider, self.options.threads_per_batch)
         self.weight_version = weights.weight_version
         return self.weight_version
@@ -85,8 +77,9 @@ class OnnxRuntimeEngine:
 
         Raises `UsageError` for prompts that are empty, hold unknown tokens or leave no room for one token.
         """
+        self._check_open()
         keys = [tuple(int(token) for token in prompt) for prompt in prompts]
-        self._check(keys, self.options.max_model_len - 1)
+        response_limits(keys, sampling.max_tokens, self._max_model_len, self.graph.vocab_size)
         uniforms = np.random.default_rng(sampling.seed).random((len(keys), sampling.max_tokens))
         # By length, so that a batch pads little; the sort is stable and keeps equal neighbours together.
         order = np.array(sorted(range(len(keys)), key=lambda i: len(keys[i])), np.int64)
@@ -95,7 +88,7 @@ class OnnxRuntimeEngine:
 
         def draw(part: NDArray[np.int64]) -> Draws:
             rows = [keys[i] for i in part]
-            limits = (self.options.max_model_len, self._tokens_per_pass())
+            limits = (self._max_model_len, self._tokens_per_pass())
             return sample_batch(self.graph, self._session, rows, sampling, uniforms[part], *limits)
 
         found: dict[int, Generation] = {}
@@ -113,7 +106,8 @@ class OnnxRuntimeEngine:
 
         Raises `UsageError` for sequences that are too long or hold unknown tokens.
         """
-        self._check([sequence.tokens for sequence in sequences], self.options.max_model_len)
+        self._check_open()
+        check_sequences(sequences, temperature, self._max_model_len, self.graph.vocab_size)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
         chunks = chunks_by_tokens([len(sequences[i].tokens) - 1 for i in order], self._tokens_per_pass())
         parts = [[order[i] for i in chunk] for chunk in chunks]
@@ -139,7 +133,7 @@ class OnnxRuntimeEngine:
         scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1]
         greedy = scaled.argmax(axis=1).astype(np.int32)
         with np.errstate(invalid="ignore"):  # a non-finite logit becomes a NaN log-prob
-            scaled = (scaled - scaled.max(axis=1, keepdims=True)) / (temperature or 1.0)
+            scaled = (scaled - scaled.max(axis=1, keepdims=True)) / temperature
             totals = np.exp(scaled).sum(axis=1, dtype=np.float64)
             logps = scaled[np.arange(len(responses)), responses] - np.log(totals)
         return TokenScores(logps.astype(np.float32), greedy, self.weight_version, temperature)
@@ -147,24 +141,12 @@ class OnnxRuntimeEngine:
     def _tokens_per_pass(self) -> int:
         return min(_TOKENS_PER_PASS, max(1, _LOGITS_PER_PASS // self.graph.vocab_size))
 
-    def _check(self, rows: Sequence[tuple[int, ...]], max_len: int) -> None:
-        """Refuse rows that the graph would fail on halfway or, worse, serve wrongly."""
-        for i, row in enumerate(rows):
-            if not 1 <= len(row) <= max_len:
-                raise UsageError(
-                    f"request {i} has {len(row)} tokens; this target takes 1 to {max_len} (max_model_len {self.options.max_model_len})"
-                )
-            if not 0 <= min(row) <= max(row) < self.graph.vocab_size:
-                raise UsageError(f"request {i} holds a token outside 0..{self.graph.vocab_size - 1}; was it made with another tokenizer?")
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this onnxruntime engine is closed")
 
     def _map(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
-        if self._closed:
-            raise EngineError("the engine is closed")
         try:
             return list(self._pool.map(function, parts))
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception
             raise EngineError(f"onnxruntime failed: {error}") from error
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

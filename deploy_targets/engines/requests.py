@@ -82,9 +82,12 @@ def check_sequences(sequences: Sequence[TokenSequence], temperature: float, max_
 
 def _raise_if(wrong: list[str], what: str) -> None:
     if wrong:
-        shown = "\n".join(f"  - {line}" for line in wrong[:10])
-        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise UsageError(f"{len(wrong)} of the {what} cannot be served:\n{shown}{more}")
+        raise UsageError(f"{len(wrong)} of the {what} cannot be served:\n{_first_lines(wrong)}")
+
+
+def _first_lines(wrong: list[str]) -> str:
+    more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+    return "\n".join([*(f"  - {line}" for line in wrong[:10]), *more])
 
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -114,6 +117,4 @@ def check_layout(expected: Layout, path: Path) -> None:
         for name in expected
         if name in given and given[name] != expected[name]
     ]
-    shown = "\n".join(f"  - {line}" for line in wrong[:10])
-    more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-    raise EngineError(f"{path} does not fit the model in service; nothing was changed:\n{shown}{more}")
+    raise EngineError(f"{path} does not fit the model in service; nothing was changed:\n{_first_lines(wrong)}")

@@ -125,11 +125,11 @@ def test_a_logit_that_is_not_finite_gives_nan_and_never_zero() -> None:
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 1.3])
 def test_generate_and_score_agree(engine: OnnxRuntimeEngine, temperature: float) -> None:
     generations = engine.generate(RAGGED * 3, Sampling(90, temperature, seed=1, stop_token_ids=(5, 17)))
-    scores = engine.score(sequences(generations), temperature)
+    scores = engine.score(sequences(generations), temperature or 1.0)
     for generation, score in zip(generations, scores, strict=True):
         np.testing.assert_allclose(generation.logps, score.logps, atol=1e-3)
         assert (generation.weight_version, score.weight_version) == (3, 3)
-        assert (generation.temperature, score.temperature) == (temperature, temperature)
+        assert (generation.temperature, score.temperature) == (temperature, temperature or 1.0)
         if temperature == 0:
             np.testing.assert_array_equal(generation.tokens, score.greedy_tokens)
 
@@ -254,22 +254,22 @@ def broken_files(tiny_models: TinyModels, folder: Path) -> Iterator[tuple[Path, 
     name = "model.layers.1.mlp.up_proj.MatMul.weight_scales"
     others: dict[str, dict[str, torch.Tensor]] = {
         "missing": {n: t for n, t in tensors.items() if n != name},
-        "not in the graph": {**tensors, "surplus": torch.zeros(3)},
-        r"\(256, 2\)": {**tensors, name: tensors[name][:, :2]},
+        "unknown to the model": {**tensors, "surplus": torch.zeros(3)},
+        r"\[256, 2\]": {**tensors, name: tensors[name][:, :2]},
         "F16": {**tensors, name: tensors[name].half()},
     }
     for i, (reason, content) in enumerate(others.items()):
         path = folder / f"{i}.safetensors"
         write_weights(path, content.items(), 200)
-        yield path, ("surplus: " if reason == "not in the graph" else rf"{name}: .*") + reason
+        yield path, ("surplus: " if reason == "unknown to the model" else rf"{name}: .*") + reason
     truncated = folder / "truncated.safetensors"
     truncated.write_bytes((folder / "0.safetensors").read_bytes()[:100])
-    yield truncated, "not a readable safetensors file"
+    yield truncated, "cannot be read as a safetensors file"
     short = folder / "short.safetensors"
     write_weights(short, tensors.items(), 200)
     short.write_bytes(short.read_bytes()[:-1000])
     yield short, "truncated"
-    yield folder / "absent.safetensors", "not a readable safetensors file"
+    yield folder / "absent.safetensors", "cannot be read as a safetensors file"
 
 
 def test_a_bad_weights_file_is_refused_and_the_old_version_stays(
@@ -290,7 +290,6 @@ def test_a_bad_weights_file_is_refused_and_the_old_version_stays(
     [
         ({"max_len": 5}, "max_len: unknown key"),
         ({"num_threads": 0}, "num_threads"),
-        ({"max_model_len": 100_000}, "context length 512"),
         ({"execution_provider": "NobodyExecutionProvider"}, "CPUExecutionProvider"),
     ],
 )
@@ -299,9 +298,19 @@ def test_bad_options_are_refused(artifact: Path, options: dict[str, Any], reason
         OnnxRuntimeEngine(artifact, options, 0)
 
 
+def test_a_graph_that_ends_earlier_sets_the_limit(artifact: Path) -> None:
+    """512 positions; the prompt leaves room for two tokens."""
+    engine = OnnxRuntimeEngine(artifact, {**OPTIONS, "max_model_len": 100_000}, 0)
+    (generation,) = engine.generate([[5] * 510], Sampling(4))
+    assert (len(generation.tokens), generation.finish_reason) == (2, "length")
+    with pytest.raises(UsageError, match="513 tokens > max_model_len 512"):
+        engine.score([TokenSequence((5,) * 513, 1)])
+    engine.close()
+
+
 @pytest.mark.parametrize("prompt", [[], [5] * 128, [VOCAB], [-1]])
 def test_bad_prompts_are_refused_before_anything_runs(engine: OnnxRuntimeEngine, prompt: list[int]) -> None:
-    with pytest.raises(UsageError, match="request 1"):
+    with pytest.raises(UsageError, match="prompt 1"):
         engine.generate([[5], prompt], Sampling(4))
 
 
@@ -323,6 +332,8 @@ def test_nothing_to_do_and_closing_twice(artifact: Path) -> None:
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.generate([[5]], Sampling(4))
+    with pytest.raises(EngineError, match="closed"):
+        engine.update(WeightFile(artifact / WEIGHTS_FILE, 1))
 
 
 def test_the_engine_needs_neither_torch_nor_transformers() -> None:
