@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
+from hetero_rl.metrics import read_metrics
+from tests.artifacts import make_artifact
+from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
 from tests.conftest import TinyModels
 
 SHORT = with_settings(*SHORT_RUN)
 FAKE = ("train", "--target", "fake", *SHORT)
 
 
+LEAVES_A_RUN = ("reward_function", "ctrl_c", "run_folder_that_holds_a_run")
+"""Tests of what goes wrong once the run folder is there."""
+
+
 @pytest.fixture(autouse=True)
 def _no_run_folder_is_left(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever exits with 2 has made nothing; only a reward that fails in the middle leaves a run."""
+    """Whatever exits with 2 has made nothing."""
     yield
-    if "reward_function_that_misbehaves" not in request.node.name:
-        assert not (tmp_path / "runs").exists()
-        assert not (tmp_path / "run" / "environment.json").exists()
+    assert not (tmp_path / "runs").exists()
+    if not any(name in request.node.name for name in LEAVES_A_RUN):
+        assert not (tmp_path / "run").exists()
 
 
 def write(path: Path, text: str) -> Path:
@@ -73,7 +82,8 @@ def test_missing_package_names_the_extra(tmp_path: Path) -> None:
 def test_model_that_does_not_fit_the_scheme_lists_every_layer(tmp_path: Path, tiny_models: TinyModels, target: str) -> None:
     model = tiny_models("qwen3", hidden_size=112, intermediate_size=208, head_dim=28)
     result = hetero_rl("train", "--target", target, "--set", f"model.path={model}", "--run-dir", "run", cwd=tmp_path)
-    fails(result, 2, *(f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")))
+    linear = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    fails(result, 2, *(f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in linear))
 
 
 def test_unknown_config_keys_are_all_listed(tmp_path: Path) -> None:
@@ -88,6 +98,11 @@ def test_unknown_task_key_lists_the_known(tmp_path: Path) -> None:
 
 def test_wrong_type(tmp_path: Path) -> None:
     fails(hetero_rl("train", "--set", "loop.num_steps=many", cwd=tmp_path), 2, "loop.num_steps", "integer", "'many'")
+
+
+def test_wrong_types_in_a_file_are_all_listed(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.toml", 'learner = 3\n[loop]\nnum_steps = 1.5\n[evaluation]\nevery_steps = "often"\n')
+    fails(hetero_rl("train", "--config", config, cwd=tmp_path), 2, "learner", "loop.num_steps", "1.5", "evaluation.every_steps", "'often'")
 
 
 def test_value_out_of_range(tmp_path: Path) -> None:
@@ -137,6 +152,12 @@ def test_missing_dataset_column_lists_those_there_are(tmp_path: Path) -> None:
     fails(hetero_rl("train", "--target", "fake", *settings, cwd=tmp_path), 2, "'prompt'", "question")
 
 
+def test_missing_answers_for_a_reward_that_compares(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [{"prompt": f"{i}+1=", "solution": str(i + 1)} for i in range(30)])
+    settings = with_settings("task.type=dataset", f"task.path={path}", "task.reward=exact")
+    fails(hetero_rl("train", "--target", "fake", *settings, "--run-dir", "run", cwd=tmp_path), 2, "answer", "solution")
+
+
 def test_empty_dataset(tmp_path: Path) -> None:
     settings = with_settings("task.type=dataset", f"task.path={dataset(tmp_path, [])}")
     fails(hetero_rl("train", "--target", "fake", *settings, cwd=tmp_path), 2, "data.jsonl", "no ")
@@ -146,8 +167,8 @@ def test_empty_dataset(tmp_path: Path) -> None:
     ("body", "fragments"),
     [
         ("raise KeyError('oh no')", ("oh no", "completion")),
-        ("return [1.0]", ("gave 1 numbers for",)),
-        ("return ['good'] * len(completions)", ("good",)),
+        ("return [1.0]", ("gave 1 numbers for", "completion")),
+        ("return ['good'] * len(completions)", ("good", "completion")),
     ],
 )
 def test_reward_function_that_misbehaves_shows_the_sample(tmp_path: Path, body: str, fragments: tuple[str, ...]) -> None:
@@ -155,6 +176,39 @@ def test_reward_function_that_misbehaves_shows_the_sample(tmp_path: Path, body: 
     settings = with_settings(*SHORT_RUN, "task.type=dataset", f"task.path={dataset(tmp_path, ROWS)}", "task.reward=my_rewards:judge")
     result = hetero_rl("train", "--target", "fake", *settings, "--run-dir", "run", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     fails(result, 1, "my_rewards:judge", *fragments)
+
+
+def test_run_whose_reward_function_failed_at_once_resumes_when_it_is_mended(tmp_path: Path) -> None:
+    """Before the first step there is no checkpoint: what the failure leaves is whole all the same."""
+    judge = write(tmp_path / "my_rewards.py", "def judge(completions, **columns):\n    raise KeyError('oh no')\n")
+    settings = with_settings(*SHORT_RUN, "task.type=dataset", f"task.path={dataset(tmp_path, ROWS)}", "task.reward=my_rewards:judge")
+    run, path = tmp_path / "run", {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    fails(hetero_rl("train", "--target", "fake", *settings, "--run-dir", run, cwd=tmp_path, **path), 1, "oh no")
+    assert not (run / "artifact").exists()
+    assert not list(run.rglob("*.partial"))
+    write(judge, "def judge(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    resumed = hetero_rl("train", "--resume", "--run-dir", run, cwd=tmp_path, **path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in read_metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
+    """Nothing is learned yet, so there is nothing to save; the run folder can be resumed."""
+    command = [sys.executable, "-m", "hetero_rl", *FAKE, "--run-dir", "run"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any("measuring the floor" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert not (tmp_path / "run" / "artifact").exists()
+    resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
 def test_reward_that_does_not_exist(tmp_path: Path) -> None:
@@ -165,9 +219,10 @@ def test_reward_that_does_not_exist(tmp_path: Path) -> None:
 def test_run_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    write(folder / "config.json", "{}")
+    kept = write(folder / "config.json", "{}")
     fails(hetero_rl(*FAKE, "--run-dir", folder, cwd=tmp_path), 2, "already holds a run", "--resume")
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert list(folder.iterdir()) == [kept]
+    assert kept.read_text() == "{}"
 
 
 def test_unwritable_run_folder(tmp_path: Path) -> None:
@@ -194,6 +249,21 @@ def test_artifact_that_is_none(tmp_path: Path) -> None:
     fails(hetero_rl("verify-deploy", "nowhere", cwd=tmp_path), 1, "nowhere does not exist")
     (tmp_path / "empty").mkdir()
     fails(hetero_rl("verify-deploy", "empty", cwd=tmp_path), 1, "manifest.json")
+
+
+def test_every_tampered_file_of_an_artifact_is_named(tmp_path: Path, tiny_models: TinyModels) -> None:
+    artifact = tmp_path / "artifact"
+    make_artifact(tiny_models("qwen3"), artifact, accuracy=None)
+    whole = hetero_rl("verify-deploy", artifact, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr + whole.stdout
+    config, tokenizer, probes = (artifact / name for name in ("config.json", "tokenizer.json", "probes.st"))
+    write(config, config.read_text() + " ")
+    tokenizer.unlink()
+    probes.write_bytes(probes.read_bytes()[:-1])
+    write(artifact / "extra.py", "")
+    result = hetero_rl("verify-deploy", artifact, "--json", "v.json", "--html", "v.html", cwd=tmp_path)
+    fails(result, 1, "config.json", "tokenizer.json", "probes.st", "extra.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_report_and_export_of_nothing(tmp_path: Path) -> None:
