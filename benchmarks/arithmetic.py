@@ -13,7 +13,8 @@ from benchmarks.common import arguments, in_turns, measurement, write
 from benchmarks.constraint_cost import make_learner, make_sequences, update_seconds
 from deploy_targets.types import TokenSequence
 from hetero_rl.config import LearnerConfig
-from hetero_rl.learner.deepspeed_learner import Learner, load_causal_lm
+from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.learner.model import load_causal_lm
 
 DTYPES = ("float32", "bfloat16")
 NUM_EXACT = 16

@@ -79,14 +79,18 @@ class OwnStep:
         rollouts = rewarded(task, problems, generations, spec.group_size)
         judged = time.perf_counter()
         advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=self.config.algorithm.normalize_std)
-        update = learner.update(train_sequences(rollouts, advantages.numpy()), state.dual.multiplier)
+        rollout_sequences = train_sequences(rollouts, advantages.numpy())
+        update = learner.update(rollout_sequences, state.dual.multiplier)
         dual = dual_step(state.dual, update.gap.mean(update.gap.engine_gap), self._dual_config)
         learned = time.perf_counter()
         stats = publisher.publish(state.weight_version + 1)
         end = time.perf_counter()
 
         self.state = replace(state, step=state.step + 1, weight_version=state.weight_version + 1, dual=dual)
-        sequences = [g.sequence for g in generations]
+        # Responses without a gradient are only measured: a forward pass, where the others take three passes' worth.
+        lm, parts_of_update = learner.policy.lm, learner.split_by_gradient(rollout_sequences, state.dual.multiplier)
+        teaching, silent = (forward_flop(lm, [s.sequence for s in part]) for part in parts_of_update)
+        prompt_tokens = sum(len(g.prompt) for g in generations)
         return {
             "step_s": end - start,
             "rollout_s": sampled - start,
@@ -98,10 +102,11 @@ class OwnStep:
             "proof_s": stats.proof_s,
             "num_rebuilds": publisher.num_rebuilds,
             "num_tokens": rollouts.num_tokens,
-            "prompt_tokens": sum(len(g.prompt) for g in generations),
+            "prompt_tokens": prompt_tokens,
+            "share_with_gradient": len(parts_of_update[0]) / len(rollout_sequences),
             "multiplier": state.dual.multiplier,
-            "update_flop": 3 * forward_flop(learner.policy.lm, sequences) * (2 if spec.signal == "grey_box" else 1),
-            "generate_flop": 2 * sum(matmul_parameters(learner.policy.lm)) * rollouts.num_tokens,
+            "update_flop": (3 * teaching + silent) * (2 if spec.signal == "grey_box" else 1),
+            "generate_flop": 2 * sum(matmul_parameters(lm)) * rollouts.num_tokens,
         }
 
 

@@ -137,7 +137,7 @@ def own_case(own: list[dict[str, float]], trl: list[dict[str, float]]) -> Measur
         flop_per_s = [run[flop] / run[seconds] for run in own]
         of_gemm = [rate / run["gemm_flop_per_s"] for rate, run in zip(flop_per_s, own, strict=True)]
         return {
-            "flop_per_step": own[0][flop],
+            "flop_per_step": [run[flop] for run in own],
             "flop_per_s_median": summary(flop_per_s)[0],
             "share_of_gemm": dict(zip(("median", "low", "high"), summary(of_gemm), strict=True)),
         }

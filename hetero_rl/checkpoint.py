@@ -44,6 +44,8 @@ class LoopState:
     """Mean abs(dp) of the kernels alone, measured on the fresh engine."""
     num_rebuilds: int = 0
     """Engines that had to be rebuilt after a failed proof."""
+    compute_dtype: str = "bfloat16"
+    """The learner's arithmetic; on a machine with another one the gap is not quite that of the floor."""
     start_accuracy: float | None = None
     """Deployed accuracy before any update."""
     metrics_offset: int = 0

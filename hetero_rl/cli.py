@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from deploy_targets.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED, DeployTargetsError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+class _Commands(TyperGroup):
+    """Says that it was interrupted, where typer would exit without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted", EXIT_INTERRUPTED)
+
+
 app = typer.Typer(
     name="hetero-rl",
+    cls=_Commands,
     help="Train high-fidelity, serve low-cost: the engine you deploy makes the rollouts, a bf16 learner learns from them.",
     epilog="Examples:  hetero-rl train --target int4-onnx   ·   hetero-rl verify-deploy runs/RUN/artifact   ·   hetero-rl doctor",
     rich_markup_mode="rich",
@@ -95,9 +108,12 @@ def report(
     out: Annotated[Optional[Path], typer.Option(help="HTML file; default RUN/report.html.")] = None,  # noqa: UP045
 ) -> None:
     """Draw a run: one HTML file with the curves, the config and the versions."""
+    from hetero_rl.run_folder import check_output
     from hetero_rl.run_report import write_run_report
 
-    path = write_run_report(run, out or run / "report.html")
+    path = out or run / "report.html"
+    check_output(path, "--out")
+    write_run_report(run, path)
     _console().print(f"report   {path}", highlight=False, soft_wrap=True)
 
 
@@ -154,15 +170,13 @@ def main() -> None:
         if os.environ.get("HETERO_RL_DEBUG"):
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
     except OSError as error:
         if os.environ.get("HETERO_RL_DEBUG"):
             raise
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_FAILED)
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(message: str, exit_code: int) -> NoReturn:
     typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
     typer.echo(message, err=True)
     sys.stderr.flush()

@@ -22,7 +22,7 @@ from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, load_config
 from hetero_rl.errors import RunFolderError
-from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
 from hetero_rl.unused_settings import unused_settings
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def run_training(
         run, config, profile = _resumed(target, files, settings, run_dir)
     else:
         config, profile = load_config(files, settings, target)
-    _require_one_process()
     _require_runnable(profile)
     _require_packages(profile)
     _prepare_process()
@@ -94,8 +93,8 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
     run, config, profile = open_run(run_path)
     if out.exists():
         raise UsageError(f"{out} exists already; give another --out")
+    check_output(out, "--out")
     _require_packages(profile)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _require_runnable(profile)
     _prepare_process()
     from hetero_rl.export import export_artifact
@@ -115,6 +114,8 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
 
 def run_verify(console: Console, artifact: Path, json_file: Path | None, html_file: Path | None, reward_name: str | None) -> bool:
     """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
+    check_output(json_file, "--json")
+    check_output(html_file, "--html")
     manifest = check_artifact(artifact)
     _require_runnable(manifest.profile)
     _prepare_process()
@@ -148,6 +149,7 @@ def run_evaluation(
     console: Console, run_path: Path | None, target: str | None, files: Sequence[Path], settings: Sequence[str], json_file: Path | None
 ) -> None:
     """`eval`: accuracy on both machines and the gap, for a run's newest checkpoint or for a model as it is."""
+    check_output(json_file, "--json")
     run: RunFolder | None = None
     if run_path is not None:
         if target or files or settings:
@@ -213,12 +215,13 @@ def _require_runnable(profile: TargetProfile) -> None:
 
 
 def _require_one_process() -> None:
-    """A launcher's many processes would each train a run of their own. Raises `UsageError`."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} says that a launcher started several processes, and the learner is one process. "
-            "Start hetero-rl directly, without torchrun, deepspeed or mpirun"
-        )
+    """A launcher's many processes would each do the whole job. Raises `UsageError`."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") != "1":
+            raise UsageError(
+                f"{name} = {os.environ[name]} says that a launcher started several processes, and hetero-rl is one process. "
+                "Start it directly, without torchrun, deepspeed or mpirun"
+            )
 
 
 def _require_packages(profile: TargetProfile) -> None:
@@ -233,10 +236,11 @@ def _require_packages(profile: TargetProfile) -> None:
 
 
 def _prepare_process() -> None:
-    """Before anything heavy is imported: libraries' chatter off the screen, and threads that wait without burning a core.
+    """Before anything heavy is imported: one process, libraries' chatter off the screen, and threads that wait without burning a core.
 
     Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
     """
+    _require_one_process()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

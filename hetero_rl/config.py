@@ -54,10 +54,10 @@ class LearnerConfig(_Table):
     """DeepSpeed ZeRO stage."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU without AMX, where it is
-    faster and more exact, else bfloat16."""
+    faster and more exact but takes twice the memory for activations, for models of linear layers and RMSNorms; else bfloat16."""
     tokens_per_micro_batch: int = Field(8192, ge=16)
-    """Padded tokens of one forward pass; rollouts are sorted by length first, so that little of it is padding."""
-    logit_chunk_elements: int = Field(4_000_000, ge=1024)
+    """Most tokens of one forward pass, padding included; a prompt that several responses share counts once where it is computed once."""
+    logit_chunk_elements: int = Field(32_000_000, ge=1024)
     """Most logits (tokens x vocabulary) held at a time; the rest is recomputed in the backward pass."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout batch, each on its own share of the responses."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and failures of other people's code, neither of which may cost a step."""
+"""What may end a run early without costing a step: Ctrl-C, and an engine or a reward that fails while a rollout is made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def saved_on_failure(folder: Path, state: LoopState, learner: Learner, config: R
     try:
         yield
     except Exception:
-        if state.step % config.loop.publish_every == 0:
-            view.warn(f"saving a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
+        if state.step % config.loop.publish_every != 0:
+            view.warn("this is between two publishes, where no checkpoint can be made; --resume goes on from the last one")
+            raise
+        try:
             save_checkpoint(folder, state, learner, config.checkpoint.keep)
+            view.warn(f"saved a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
+        except OSError as error:
+            view.warn(f"no checkpoint of step {state.step} could be saved: {error}")
         raise

@@ -141,7 +141,8 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     reference_gap = parts.publisher.calibrate(probes)
     multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
     tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
-    return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap)
+    dtype = parts.learner.compute_dtype
+    return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap, compute_dtype=dtype)
 
 
 def shortened(sequence: TokenSequence) -> TokenSequence:

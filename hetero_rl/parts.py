@@ -84,6 +84,7 @@ def assemble(
         seed=config.loop.seed,
     )
     stack.callback(learner.close)
+    view.phase(f"the learner computes in {learner.compute_dtype}{', responses share their prompt' if learner.packed else ''}")
     if config.constraint.signal == "grey_box" and not learner.twins:
         view.warn(
             f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, "
@@ -94,6 +95,8 @@ def assemble(
         view.phase(f"restoring {checkpoint.name}")
         state = load_state(checkpoint)
         learner.load(checkpoint)
+        if state.compute_dtype != learner.compute_dtype:
+            view.warn(f"the floor was measured with a learner in {state.compute_dtype}, this machine's computes in {learner.compute_dtype}")
     view.phase(f"starting the engine of {profile.name}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
     stack.callback(publisher.close)

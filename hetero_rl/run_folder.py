@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deploy_targets.artifact import write_atomically
+from deploy_targets.errors import UsageError
 from deploy_targets.hardware import describe_machine, package_versions
 from deploy_targets.profile import TargetProfile
 from hetero_rl.config import RunConfig
@@ -77,6 +78,18 @@ def check_free(path: Path) -> None:
     if taken:
         holds = "a run" if (path / CONFIG_FILE).exists() else "something else"
         raise RunFolderError(f"run folder {path} already holds {holds}. Continue it with --resume, or give another --run-dir")
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Before the hours are spent: raises `UsageError` when `path`, given with `option`, could not be written at the end."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; give the name of a file or folder to be made")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{option} {path} cannot be written: permission denied")
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig, TargetProfile]:

@@ -23,5 +23,5 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
             if name in constraint.model_fields_set:
                 yield f"constraint.{name} has no effect: constraint.controller is 'fixed', so lambda stays at lambda_init"
     num_updates = config.loop.num_steps * learner.updates_per_rollout
-    if "warmup_steps" in learner.model_fields_set and learner.warmup_steps >= num_updates:
+    if "warmup_steps" in learner.model_fields_set and learner.warmup_steps > num_updates:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"

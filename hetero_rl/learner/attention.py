@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,27 +51,24 @@ class Packing:
     num_layers_used: int = 0
 
 
-def pack(
-    prompts: Sequence[tuple[int, int]],
-    responses: Sequence[tuple[int, int, int]],
-    positions: Sequence[int],
-    num_tokens: int,
-    device: torch.device,
-) -> Packing:
-    """The packing of a row of tokens.
+class ResponseSpan(NamedTuple):
+    """Where a response and its prompt stand in a packed row; `length` may be 0, for a response of one token."""
 
-    Args:
-        prompts: (start, length) of each.
-        responses: (start, length, start of its prompt) of each.
-        positions: The position of each token in its own sequence; a response starts at its prompt's length.
-        num_tokens: Length of the row.
-        device: Where the tensors go.
-    """
+    prompt_start: int
+    prompt_length: int
+    start: int
+    length: int
+
+
+def pack(prompts: Sequence[tuple[int, int]], responses: Sequence[ResponseSpan], num_tokens: int, device: torch.device) -> Packing:
+    """The packing of a row of `num_tokens` tokens; `prompts` are (start, length)."""
     of_prompts = [(np.arange(start, start + length), np.arange(start, start + length)) for start, length in prompts]
     of_responses = []
-    for start, length, prompt in responses:
-        own = np.arange(start, start + length)
-        of_responses.append((own, np.concatenate([np.arange(prompt, prompt + positions[start]), own])))
+    for span in responses:
+        if span.length > 0:
+            own = np.arange(span.start, span.start + span.length)
+            prompt = np.arange(span.prompt_start, span.prompt_start + span.prompt_length)
+            of_responses.append((own, np.concatenate([prompt, own])))
     places = np.zeros(num_tokens, np.int64)
     blocks, offset = [], 0
     for kind in (of_prompts, of_responses):
@@ -109,14 +106,25 @@ def register() -> str:
 
 
 def follows_packing(lm: Any) -> bool:
-    """Whether every layer of this model lets its attention be told the packing: found out by asking it, with three tokens."""
-    base = lm.base_model
-    if lm.config._attn_implementation != NAME or "position_ids" not in signature(base.forward).parameters:
+    """Whether a packed row gives this model's own hidden states: tried out on a prompt of two tokens with two responses.
+
+    Every layer must have asked for attention of the kind that is packed, and nothing else may mix tokens (a convolution).
+    """
+    base, config = lm.base_model, lm.config
+    if config._attn_implementation != NAME or "position_ids" not in signature(base.forward).parameters:
         return False
-    packing = pack([(0, 1)], [(1, 1, 0), (2, 1, 0)], [0, 1, 1], 3, torch.device("cpu"))
+    tokens = torch.arange(8) % min(8, int(config.vocab_size))
+    row, positions = tokens[None], torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4]])
+    packing = pack([(0, 2)], [ResponseSpan(0, 2, 2, 3), ResponseSpan(0, 2, 5, 3)], 8, torch.device("cpu"))
     with torch.no_grad():
-        base(torch.zeros((1, 3), dtype=torch.int64), position_ids=torch.tensor([[0, 1, 1]]), use_cache=False, **packed_arguments(packing))
-    return bool(packing.num_layers_used == lm.config.num_hidden_layers)
+        plain = [base(input_ids=row[:, places], use_cache=False).last_hidden_state[0] for places in ([0, 1, 2, 3, 4], [0, 1, 5, 6, 7])]
+        try:
+            together = base(input_ids=row, position_ids=positions, use_cache=False, **packed_arguments(packing)).last_hidden_state[0]
+        except (TypeError, ValueError, RuntimeError):
+            return False  # a model that does not know the argument
+    apart = torch.cat([plain[0], plain[1][2:]])
+    error = (together - apart).norm() / apart.norm()
+    return packing.num_layers_used == config.num_hidden_layers and bool(error < (1e-4 if apart.dtype == torch.float32 else 0.02))
 
 
 def packed_arguments(packing: Packing) -> dict[str, Any]:
@@ -155,6 +163,7 @@ def short_causal_attention(
     """
     length = query.shape[2]
     plain = not any(kwargs.get(name) for name in ("sliding_window", "softcap")) and kwargs.get("s_aux") is None
+    plain = plain and value.shape[-1] == query.shape[-1]
     if packing is not None and plain:
         packing.num_layers_used += 1
         return _packed_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, packing), None
@@ -170,19 +179,15 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
     num_heads, head_dim = query.shape[1], query.shape[3]
 
     def gathered(heads: Tensor, places: Tensor) -> Tensor:
-        table = heads[0].transpose(0, 1).flatten(1)
-        # `embedding` is the gather whose backward pass runs in parallel.
+        # In float32, because a prompt's gradient is the sum over its responses; `embedding` gathers, and backward in parallel.
+        table = heads[0].transpose(0, 1).flatten(1).float()
         return functional.embedding(places, table).view(*places.shape, -1, head_dim).transpose(1, 2)
 
     outputs = []
     for rows in packing.rows:
         q, k, v = gathered(query, rows.queries), gathered(key, rows.keys), gathered(value, rows.keys)
-        if k.shape[2] > LONGEST:
-            out = functional.scaled_dot_product_attention(q, k, v, rows.mask.to(q.dtype), scale=scaling, enable_gqa=True)
-        else:
-            out = _attend(q, k, v, scaling, rows.mask)
-        outputs.append(out.transpose(1, 2).reshape(-1, num_heads * head_dim))
-    return functional.embedding(packing.places, torch.cat(outputs)).view(1, -1, num_heads, head_dim)
+        outputs.append(_attend(q, k, v, scaling, rows.mask).transpose(1, 2).reshape(-1, num_heads * head_dim))
+    return functional.embedding(packing.places, torch.cat(outputs)).view(1, -1, num_heads, head_dim).to(query.dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hetero_rl.learner.attention import Packing, pack
+from hetero_rl.learner.attention import LONGEST, Packing, ResponseSpan, pack
 
 Tokens = Sequence[int] | NDArray[np.int32]
+MAX_ATTENTION_PADDING = 4
+"""Keys that the attention of a packed batch may gather, padding included, in multiples of the batch's budget of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,23 @@ class MicroBatch:
 def micro_batches(
     prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int, device: torch.device, *, packed: bool
 ) -> Iterator[MicroBatch]:
-    """Cut into batches of at most `max_tokens` tokens, padding included; a longer single sequence gets a batch of its own."""
-    cut = _packed_cuts(prompts, responses, max_tokens) if packed else _padded_cuts(prompts, responses, max_tokens)
-    collate = collate_packed if packed else collate_padded
-    for indices in cut:
-        yield collate(indices, [prompts[i] for i in indices], [responses[i] for i in indices], device)
+    """Cut into batches of at most `max_tokens` tokens, padding included; a longer single sequence gets a batch of its own.
 
-
-def _padded_cuts(prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int) -> Iterator[list[int]]:
-    """Sorted by length, so that little is padding."""
+    `packed` packs the sequences of at most `attention.LONGEST` tokens; longer ones gain nothing from it on a CPU.
+    """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    assert all(len(response) > 0 for response in responses), "an engine answers with one token at least"
+    short = [i for i in range(len(lengths)) if packed and lengths[i] <= LONGEST]
+    long = [i for i in range(len(lengths)) if not packed or lengths[i] > LONGEST]
+    for indices in _padded_cuts(long, lengths, max_tokens):
+        yield collate_padded(indices, [prompts[i] for i in indices], [responses[i] for i in indices], device)
+    for indices in _packed_cuts(short, prompts, responses, max_tokens):
+        yield collate_packed(indices, [prompts[i] for i in indices], [responses[i] for i in indices], device)
+
+
+def _padded_cuts(candidates: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Sorted by length, so that little is padding."""
+    order = sorted(candidates, key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
         num_sequences = max(1, max_tokens // lengths[order[start]])
@@ -67,21 +75,25 @@ def _padded_cuts(prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], 
         start += num_sequences
 
 
-def _packed_cuts(prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int) -> Iterator[list[int]]:
+def _packed_cuts(
+    candidates: Sequence[int], prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], max_tokens: int
+) -> Iterator[list[int]]:
     """Responses to one prompt stay together, and groups of similar length, so that the attention pads little."""
-    keys = [tuple(prompt) for prompt in prompts]
     longest: dict[tuple[int, ...], int] = {}
-    for key, response in zip(keys, responses, strict=True):
-        longest[key] = max(longest.get(key, 0), len(response))
-    order = sorted(range(len(keys)), key=lambda i: (-longest[keys[i]], keys[i], -len(responses[i]), i))
+    for i in candidates:
+        key = tuple(prompts[i])
+        longest[key] = max(longest.get(key, 0), len(key) + len(responses[i]))
+    order = sorted(candidates, key=lambda i: (-longest[tuple(prompts[i])], tuple(prompts[i]), -len(responses[i]), i))
     batch: list[int] = []
-    num_tokens = 0
+    num_tokens, widest = 0, 0
     for i in order:
-        shared = bool(batch) and keys[batch[-1]] == keys[i]
-        added = len(responses[i]) - 1 + (0 if shared else len(keys[i]))
-        if batch and num_tokens + added > max_tokens:
+        shared = bool(batch) and tuple(prompts[batch[-1]]) == tuple(prompts[i])
+        added = len(responses[i]) - 1 + (0 if shared else len(prompts[i]))
+        widest = max(widest, len(prompts[i]) + len(responses[i]))
+        if batch and (num_tokens + added > max_tokens or (len(batch) + 1) * widest > MAX_ATTENTION_PADDING * max_tokens):
             yield batch
-            batch, num_tokens, added = [], 0, len(responses[i]) - 1 + len(keys[i])
+            batch, num_tokens, added = [], 0, len(responses[i]) - 1 + len(prompts[i])
+            widest = len(prompts[i]) + len(responses[i])
         batch.append(i)
         num_tokens += added
     if batch:
@@ -111,21 +123,20 @@ def collate_packed(
     ids: list[int] = []
     positions: list[int] = []
     places: list[NDArray[np.int64]] = []
-    prompt_starts: dict[tuple[int, ...], int] = {}
-    spans: list[tuple[int, int, int]] = []
+    starts: dict[tuple[int, ...], int] = {}
+    spans: list[ResponseSpan] = []
     for prompt, response in zip(map(tuple, prompts), responses, strict=True):
-        if prompt not in prompt_starts:
-            prompt_starts[prompt] = len(ids)
+        if prompt not in starts:
+            starts[prompt] = len(ids)
             ids += prompt
             positions += range(len(prompt))
         # The last token of a response predicts nothing that is read, so it need not be there.
-        begin, num_inputs = len(ids), len(response) - 1
+        span = ResponseSpan(starts[prompt], len(prompt), len(ids), len(response) - 1)
         ids += map(int, response[:-1])
-        positions += range(len(prompt), len(prompt) + num_inputs)
-        places.append(np.array([prompt_starts[prompt] + len(prompt) - 1, *range(begin, begin + num_inputs)][: len(response)], np.int64))
-        if num_inputs > 0:
-            spans.append((begin, num_inputs, prompt_starts[prompt]))
-    packing = pack([(start, len(prompt)) for prompt, start in prompt_starts.items()], spans, positions, len(ids), device)
+        positions += range(len(prompt), len(prompt) + span.length)
+        places.append(np.array([span.prompt_start + len(prompt) - 1, *range(span.start, span.start + span.length)], np.int64))
+        spans.append(span)
+    packing = pack([(start, len(prompt)) for prompt, start in starts.items()], spans, len(ids), device)
     batch = _micro_batch(indices, np.array([ids]), places, responses, device)
     return replace(batch, position_ids=torch.tensor([positions], device=device), packing=packing)
 

@@ -75,4 +75,4 @@ def _layers_of_one_dtype(lm: nn.Module) -> list[str]:
 
 
 def _mixes(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__.endswith("RMSNorm")
+    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__.endswith("RMSNorm")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
@@ -27,7 +23,9 @@ from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import follows_packing
 from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
+from hetero_rl.learner.deepspeed_engine import start_engine
 from hetero_rl.learner.fake_quant import add_twin
+from hetero_rl.learner.model import check_head, load_causal_lm
 from hetero_rl.learner.policy import Policy, TokenStats
 from hetero_rl.types import TrainSequence
 
@@ -73,13 +71,15 @@ class Learner:
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
-        self.compute_dtype = choose_dtype(learner.compute_dtype, lm)
+        check_head(lm)
+        compute_dtype = choose_dtype(learner.compute_dtype, lm)
+        self.compute_dtype = str(compute_dtype).removeprefix("torch.")
         self.twins = add_twin(lm, quantizer)
-        if self.compute_dtype is torch.float32:
+        if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
-        self._engine = _initialize(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
+        self._engine = start_engine(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
         self.device: torch.device = self._engine.device
         self._skipped_in_a_row = 0
 
@@ -125,16 +125,18 @@ class Learner:
     def _step(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """Accumulate the gradient of one batch over its micro-batches, then one optimizer step."""
         num_tokens = max(1, sum(int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences))
-        prompts = [sequence.prompt for sequence in sequences]
-        responses = [sequence.tokens for sequence in sequences]
         totals: dict[str, float] = {}
         gap = GapSums()
-        for batch in self._micro_batches(prompts, responses):
-            loss, part_gap, part = self._loss(batch, sequences, multiplier)
-            self._engine.backward(loss / num_tokens)
-            gap = gap + part_gap
-            for name, value in part.items():
-                totals[name] = totals.get(name, 0.0) + value / num_tokens
+        teaching, silent = self.split_by_gradient(sequences, multiplier)
+        for part in (teaching, silent):
+            with torch.set_grad_enabled(part is teaching):
+                for batch in self._micro_batches([sequence.prompt for sequence in part], [sequence.tokens for sequence in part]):
+                    loss, batch_gap, sums = self._loss(batch, part, multiplier)
+                    if part is teaching:
+                        self._engine.backward(loss / num_tokens)
+                    gap = gap + batch_gap
+                    for name, value in sums.items():
+                        totals[name] = totals.get(name, 0.0) + value / num_tokens
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
         for layer in self.twins:
@@ -143,6 +145,19 @@ class Learner:
         grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
         self._count_skips(num_skipped, grad_norm, totals["policy_loss"] + totals["constraint_cost"])
         return UpdateStats(gap=gap, grad_norm=grad_norm, lr=lr, num_skipped=num_skipped, **totals)
+
+    def split_by_gradient(
+        self, sequences: Sequence[TrainSequence], multiplier: float
+    ) -> tuple[Sequence[TrainSequence], Sequence[TrainSequence]]:
+        """(those with a gradient, those that are only measured): without a constraint at work, an advantage of 0 has no gradient.
+
+        All of them when none has one: DeepSpeed takes no step without a backward pass.
+        """
+        constrained = self.constraint.signal != "off" and multiplier > 0.0
+        teaching = [sequence for sequence in sequences if constrained or sequence.advantage != 0.0]
+        if len(teaching) in (0, len(sequences)):
+            return sequences, []
+        return teaching, [sequence for sequence in sequences if sequence.advantage == 0.0]
 
     def _loss(self, batch: MicroBatch, sequences: Sequence[TrainSequence], multiplier: float) -> tuple[Tensor, GapSums, dict[str, float]]:
         """Policy loss plus lambda times the constraint's cost, summed over the tokens with a finite engine log-prob."""
@@ -281,83 +296,8 @@ class Learner:
         self._engine.destroy()
 
 
-def load_causal_lm(model_dir: Path) -> Any:
-    """A transformers causal LM in bf16 from a local folder; safetensors only, no code from the model is run."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from hetero_rl.learner import attention
-
-    lm = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype=torch.bfloat16,
-        attn_implementation="sdpa" if torch.cuda.is_available() else attention.register(),
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    lm.generation_config = GenerationConfig()  # a hub model may bring a repetition penalty, which no engine here applies
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the learner's log-probs must be a function of the weights alone
-    return lm
-
-
 def _up_to_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
     for position, token in enumerate(tokens):
         if token in stop_token_ids:
             return tokens[: position + 1]
     return tokens
-
-
-def _initialize(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
-    on_cuda = torch.cuda.is_available()
-    backend = "nccl" if on_cuda else "gloo"
-    _join_process_group(backend)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-
-    def schedule(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        progress = (step - config.warmup_steps) / max(1, num_updates - config.warmup_steps)
-        return config.lr_final_ratio + (1 - config.lr_final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    engine, *_ = deepspeed.initialize(
-        model=policy,
-        model_parameters=[parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            # The number of micro-batches follows from the rollouts' lengths, so the learner says where a step ends.
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": config.max_grad_norm,
-            "bf16": {"enabled": True, "check_grad_overflow": True},
-            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "optimizer": {
-                "type": "AdamW",
-                # torch's AdamW: DeepSpeed's own is compiled on first use, for minutes, and needs a toolchain.
-                "params": {
-                    "lr": config.lr,
-                    "betas": list(config.betas),
-                    "eps": 1e-8,
-                    "weight_decay": config.weight_decay,
-                    "torch_adam": True,
-                },
-            },
-        },
-    )
-    return engine
-
-
-def _join_process_group(backend: str) -> None:
-    """One rank in this process without any port: ports race."""
-    if torch.distributed.is_initialized():
-        return
-    # DeepSpeed asks the environment who it is, even where the process group is there.
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

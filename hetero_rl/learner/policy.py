@@ -62,8 +62,8 @@ class Policy(nn.Module):
         packed = {} if batch.packing is None else {"position_ids": batch.position_ids, **packed_arguments(batch.packing)}
         with twin(self.twins if as_twin else []):
             hidden: Tensor = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
-        # `embedding` is the gather whose backward pass runs in parallel.
-        return nn.functional.embedding(batch.places, hidden.flatten(0, 1))
+        # In float32, because the last token of a shared prompt stands for all its responses; `embedding` gathers, and backward in parallel.
+        return nn.functional.embedding(batch.places, hidden.flatten(0, 1).float()).to(hidden.dtype)
 
     def _logits(self, hidden: Tensor, temperature: float, as_twin: bool) -> Tensor:
         with twin(self.twins if as_twin else []):

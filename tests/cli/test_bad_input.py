@@ -203,6 +203,7 @@ def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
+    assert "error: interrupted" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert not (tmp_path / "run" / "artifact").exists()
@@ -288,3 +289,16 @@ def test_settings_without_effect_are_named(tmp_path: Path) -> None:
     result = hetero_rl(*FAKE, *settings, "--dry-run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "warning: constraint.eta has no effect: constraint.signal is 'off'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify-deploy", "artifact", "--json", "nowhere/v.json"),
+        ("verify-deploy", "artifact", "--html", "nowhere/v.html"),
+        ("eval", "--target", "fake", "--json", "nowhere/e.json"),
+        ("report", "run", "--out", "nowhere/r.html"),
+    ],
+)
+def test_output_that_cannot_be_written_is_found_first(command: tuple[str, ...], tmp_path: Path) -> None:
+    fails(hetero_rl(*command, cwd=tmp_path), 2, "there is no folder nowhere")

@@ -14,7 +14,7 @@ from deploy_targets.errors import UsageError
 from deploy_targets.hardware import describe_machine
 from hetero_rl.learner import compute
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
-from hetero_rl.learner.deepspeed_learner import load_causal_lm
+from hetero_rl.learner.model import load_causal_lm
 from tests.conftest import TinyModels
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,115 +10,13 @@ import pytest
 import torch
 
 from deploy_targets.errors import UsageError
-from deploy_targets.profile import load_profile
-from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer
 from deploy_targets.types import TokenSequence
-from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
-from hetero_rl.learner import attention
 from hetero_rl.learner.attention import short_causal_attention
-from hetero_rl.learner.batching import micro_batches
-from hetero_rl.learner.deepspeed_learner import Learner, load_causal_lm
 from hetero_rl.learner.fake_quant import add_twin, twin
-from hetero_rl.types import TrainSequence
+from hetero_rl.learner.model import load_causal_lm
 from tests.conftest import TinyModels
-from tests.models import tiny_model
-
-MakeLearner = Callable[..., Learner]
-
-
-def quantizer_for(model_dir: Path) -> CompressedTensorsQuantizer:
-    return CompressedTensorsQuantizer(load_profile("int4-vllm").scheme, json.loads((model_dir / "config.json").read_text()))
-
-
-@pytest.fixture
-def model_dir(tiny_models: TinyModels) -> Path:
-    return tiny_models("qwen3")
-
-
-@pytest.fixture
-def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
-    made: list[Learner] = []
-
-    def make(signal: str = "off", folder: Path = model_dir, algorithm: AlgorithmConfig | None = None, **options: object) -> Learner:
-        config = LearnerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, **options})
-        constraint = ConstraintConfig.model_validate({"signal": signal})
-        learner = Learner(
-            folder, quantizer_for(folder), config, algorithm or AlgorithmConfig(), constraint, temperature=1.0, num_updates=100, seed=0
-        )
-        made.append(learner)
-        return learner
-
-    yield make
-    for learner in made:
-        learner.close()
-
-
-def sequences(num: int = 12, seed: int = 0, longest: int = 9) -> list[TrainSequence]:
-    generator = np.random.default_rng(seed)
-    made = []
-    for _ in range(num):
-        tokens = generator.integers(3, 30, generator.integers(1, longest + 1)).astype(np.int32)
-        prompt = tuple(generator.integers(3, 30, generator.integers(1, 8)).tolist())
-        made.append(
-            TrainSequence(prompt, tokens, np.log(generator.uniform(0.01, 0.9, len(tokens))).astype(np.float32), float(generator.normal()))
-        )
-    return made
-
-
-def as_sequences(batch: list[TrainSequence]) -> list[TokenSequence]:
-    return [TokenSequence((*s.prompt, *map(int, s.tokens)), len(s.prompt)) for s in batch]
-
-
-def grouped(num_prompts: int = 5, seed: int = 0) -> list[TrainSequence]:
-    """Ragged groups: several prompts, each with responses of its own, in mixed order."""
-    batch = [replace(s, prompt=prompt.prompt) for i, prompt in enumerate(sequences(num_prompts, seed)) for s in sequences(1 + i, seed + i)]
-    np.random.default_rng(seed).shuffle(batch)  # type: ignore[arg-type]
-    return batch
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_batches_cover_every_token_once(packed: bool) -> None:
-    batch = grouped()
-    seen: dict[int, np.ndarray] = {}
-    for micro in micro_batches([s.prompt for s in batch], [s.tokens for s in batch], 40, torch.device("cpu"), packed=packed):
-        assert micro.input_ids.numel() <= 40 or len(micro.indices) == 1
-        predicted = micro.targets.float()
-        seen |= dict(micro.unflatten(predicted))
-        before = micro.input_ids.flatten()[micro.places]  # the token before each response token
-        for index, tokens in micro.unflatten(before):
-            assert tokens.tolist() == [batch[index].prompt[-1], *batch[index].tokens[:-1]]
-    assert {i: seen[i].astype(int).tolist() for i in seen} == {i: s.tokens.tolist() for i, s in enumerate(batch)}
-
-
-def test_a_packed_batch_holds_each_prompt_once_and_no_padding() -> None:
-    batch = grouped()
-    [micro] = micro_batches([s.prompt for s in batch], [s.tokens for s in batch], 1000, torch.device("cpu"), packed=True)
-    prompts = {s.prompt for s in batch}
-    assert micro.input_ids.shape == (1, sum(map(len, prompts)) + sum(len(s.tokens) - 1 for s in batch))
-
-
-@pytest.mark.parametrize("longest_plain", [256, 4])
-def test_packed_equals_padded(make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch, longest_plain: int) -> None:
-    """The same scores, loss and gradient with prompts shared and with a row per sequence, by our products and by torch's kernel."""
-    monkeypatch.setattr(attention, "LONGEST", longest_plain)
-    batch, found = grouped(), []
-    for packed in (True, False):
-        learner = make_learner("grey_box", tokens_per_micro_batch=60, compute_dtype="float32")
-        assert learner.packed
-        learner.packed = packed
-        logps = np.concatenate([score.logps for score in learner.score(as_sequences(batch))])
-        found.append((logps, learner.update(batch, 0.3)))
-    (packed_logps, packed_update), (padded_logps, padded_update) = found
-    assert np.abs(packed_logps - padded_logps).max() < 1e-4
-    assert packed_update.grad_norm == pytest.approx(padded_update.grad_norm, rel=1e-3)
-    assert packed_update.policy_loss == pytest.approx(padded_update.policy_loss, rel=1e-3)
-    assert packed_update.constraint_cost == pytest.approx(padded_update.constraint_cost, rel=1e-3)
-
-
-def test_models_whose_attention_cannot_be_told_are_not_packed(tmp_path: Path) -> None:
-    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-    assert not attention.follows_packing(load_causal_lm(tiny_model("qwen2", tmp_path, extra_config=sliding)))
+from tests.learners import MakeLearner, as_sequences, quantizer_for, sequences
 
 
 def test_scores_are_those_of_plain_transformers(make_learner: MakeLearner, model_dir: Path) -> None:

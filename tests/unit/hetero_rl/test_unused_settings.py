@@ -18,8 +18,8 @@ from tests.unit.test_benchmarks import ROOT
         (["algorithm.tis_cap=3.0", "algorithm.correction='tis'"], []),
         (["constraint.signal='off'", "constraint.eta=0.2", "constraint.lambda_init=0.5"], ["constraint.lambda_init", "constraint.eta"]),
         (["constraint.controller='fixed'", "constraint.patience=5", "constraint.lambda_init=0.5"], ["constraint.patience"]),
-        (["loop.num_steps=10", "learner.warmup_steps=10"], ["learner.lr"]),
-        (["loop.num_steps=10", "learner.warmup_steps=9"], []),
+        (["loop.num_steps=10", "learner.warmup_steps=11"], ["learner.lr"]),
+        (["loop.num_steps=10", "learner.warmup_steps=10"], []),
     ],
 )
 def test_what_is_named(settings: list[str], named: list[str]) -> None:

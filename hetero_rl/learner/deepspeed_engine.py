@@ -1,0 +1,71 @@
+"""DeepSpeed around the policy: optimizer, schedule, ZeRO, and one rank that needs no port."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+
+from hetero_rl.config import LearnerConfig
+from hetero_rl.learner.policy import Policy
+
+
+def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
+    """A DeepSpeed engine in bf16 with fp32 master weights; `num_updates` is the length of the learning-rate schedule."""
+    on_cuda = torch.cuda.is_available()
+    backend = "nccl" if on_cuda else "gloo"
+    _join_process_group(backend)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+    def schedule(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = (step - config.warmup_steps) / max(1, num_updates - config.warmup_steps)
+        return config.lr_final_ratio + (1 - config.lr_final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        model_parameters=[parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            # The number of micro-batches follows from the rollouts' lengths, so the learner says where a step ends.
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": config.max_grad_norm,
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True,
+            "optimizer": {
+                "type": "AdamW",
+                # torch's AdamW: DeepSpeed's own is compiled on first use, for minutes, and needs a toolchain.
+                "params": {
+                    "lr": config.lr,
+                    "betas": list(config.betas),
+                    "eps": 1e-8,
+                    "weight_decay": config.weight_decay,
+                    "torch_adam": True,
+                },
+            },
+        },
+    )
+    return engine
+
+
+def _join_process_group(backend: str) -> None:
+    """One rank in this process without any port: ports race."""
+    if torch.distributed.is_initialized():
+        return
+    # DeepSpeed asks the environment who it is, even where the process group is there.
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

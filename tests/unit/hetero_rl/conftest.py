@@ -1,0 +1,36 @@
+"""Learners for the tests of this folder; they are closed after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
+from hetero_rl.learner.deepspeed_learner import Learner
+from tests.conftest import TinyModels
+from tests.learners import MakeLearner, quantizer_for
+
+
+@pytest.fixture
+def model_dir(tiny_models: TinyModels) -> Path:
+    return tiny_models("qwen3")
+
+
+@pytest.fixture
+def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
+    made: list[Learner] = []
+
+    def make(signal: str = "off", folder: Path = model_dir, algorithm: AlgorithmConfig | None = None, **options: object) -> Learner:
+        config = LearnerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, **options})
+        constraint = ConstraintConfig.model_validate({"signal": signal})
+        learner = Learner(
+            folder, quantizer_for(folder), config, algorithm or AlgorithmConfig(), constraint, temperature=1.0, num_updates=100, seed=0
+        )
+        made.append(learner)
+        return learner
+
+    yield make
+    for learner in made:
+        learner.close()
