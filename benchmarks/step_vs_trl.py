@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import models
@@ -28,6 +29,8 @@ PHASES = ("rollout_s", "reward_s", "learner_s", "publish_s")
 SIGNALS = {"plain": "off", "grey_box": "grey_box"}
 WARMUPS = 1
 CALIBRATION_ROUNDS = 2
+
+DTYPES = ("bfloat16", "float32")
 
 TrlChoice = tuple[int, str, bool]
 """TRL's micro-batch size, the dtype of its weights, and whether it autocasts to bf16 (its default)."""
@@ -118,15 +121,15 @@ def trl_body(connection: Connection, spec: StepSpec, num_steps: int, micro_batch
         next(asked, None)
 
 
-def fastest_trl(spec: StepSpec, rounds: int) -> tuple[TrlChoice, dict[str, list[float]]]:
-    """Give TRL its best: a few steps of each choice, in turns; returns the one with the fastest step, and all seconds."""
+def fastest_trl(spec: StepSpec, rounds: int) -> tuple[dict[str, TrlChoice], dict[str, list[float]]]:
+    """Give TRL its best: a few steps of each choice, in turns; returns the one with the fastest step of each dtype, and all seconds."""
     batch_size = spec.num_prompts * spec.group_size
-    choices = list(product((batch_size // 4, batch_size), ("bfloat16", "float32"), (False, True)))
+    choices = list(product((batch_size // 4, batch_size), DTYPES, (False, True)))
     with ExitStack() as stack:
         workers = {choice: stack.enter_context(Worker(trl_body, spec, rounds + WARMUPS, *choice)) for choice in choices}
         steps = in_turns(workers, rounds, WARMUPS)
     seconds = {choice: [run["step_s"] for run in runs] for choice, runs in steps.items()}
-    best = min(seconds, key=lambda choice: min(seconds[choice]))
+    best = {dtype: min((c for c in choices if c[1] == dtype), key=lambda choice: min(seconds[choice])) for dtype in DTYPES}
     return best, {f"micro_batch {micro}, {dtype}, autocast {autocast}": runs for (micro, dtype, autocast), runs in seconds.items()}
 
 
@@ -169,9 +172,9 @@ def main() -> None:
             arm: StepSpec(model_dir, TARGET, signal, num_prompts, group_size, max_tokens, options.threads)
             for arm, signal in SIGNALS.items()
         }
-        (micro_batch, dtype, autocast), calibration = fastest_trl(specs["plain"], 1 if options.quick else CALIBRATION_ROUNDS)
+        choices, calibration = fastest_trl(specs["plain"], 1 if options.quick else CALIBRATION_ROUNDS)
         num_steps = options.rounds + WARMUPS
-        sides = {"trl": stack.enter_context(Worker(trl_body, specs["plain"], num_steps, micro_batch, dtype, autocast))}
+        sides = {dtype: stack.enter_context(Worker(trl_body, specs["plain"], num_steps, *choice)) for dtype, choice in choices.items()}
         sides |= {arm: stack.enter_context(Worker(own_body, spec, options.quick)) for arm, spec in specs.items()}
         steps = in_turns(sides, options.rounds, WARMUPS)
         wanted = num_prompts * group_size * max_tokens
@@ -187,17 +190,17 @@ def main() -> None:
             "target": TARGET,
             "grey_box_lambda": steps["grey_box"][0]["multiplier"],
             "trl": {
-                "per_device_train_batch_size": micro_batch,
-                "gradient_accumulation_steps": num_prompts * group_size // micro_batch,
-                "bf16_autocast": autocast,
+                "choices": {dtype: {"micro_batch": micro, "bf16_autocast": autocast} for dtype, (micro, _, autocast) in choices.items()},
                 "calibration_s": calibration,
-                "model_dtype": dtype,
                 "beta": 0.0,
                 "gradient_checkpointing": False,
                 "generation": "transformers generate",
             },
         }
-    write(options, {arm: own_case(steps[arm], steps["trl"]) for arm in SIGNALS}, "plain", settings)
+    fastest = min(DTYPES, key=lambda dtype: median(run["step_s"] for run in steps[dtype]))
+    cases = {arm: own_case(steps[arm], steps[fastest]) for arm in SIGNALS}
+    cases |= {f"{arm}_vs_trl_in_bf16": own_case(steps[arm], steps["bfloat16"]) for arm in SIGNALS}
+    write(options, cases, "plain", {**settings, "fastest_trl": fastest})
 
 
 if __name__ == "__main__":
