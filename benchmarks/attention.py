@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks.common import arguments, in_turns, measurement, write
 from hetero_rl.learner.attention import short_causal_attention
 
-SHAPES = ((256, 12), (256, 72), (64, 256))
+SHAPES = ((256, 12), (256, 72), (128, 128), (96, 192), (64, 256))
 QUICK_SHAPES = ((8, 12), (8, 72))
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
 HEADLINE_LENGTH = 72

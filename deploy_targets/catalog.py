@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deploy_targets.errors import MissingPackageError, UnknownNameError
+from deploy_targets.hardware import find_gpus
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine, Quantizer
 
@@ -32,6 +33,12 @@ QUANTIZERS = {
 def _known(kind: str, shipped: Mapping[str, str]) -> dict[str, str]:
     found = {point.name: point.value for point in entry_points(group=f"deploy_targets.{kind}s")}
     return {**found, **shipped}
+
+
+def extra_of(profile: TargetProfile) -> str:
+    """The pip extra that brings this target's packages on this machine."""
+    hardware = profile.hardware
+    return hardware.cpu_extra if hardware.cpu_extra and not find_gpus() else hardware.extra
 
 
 def resolve(kind: str, name: str, extra: str) -> Any:
@@ -62,13 +69,13 @@ def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int)
 
 def open_engine_here(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
     """Start the profile's engine in this very process."""
-    engine_class = resolve("engine", profile.engine.name, profile.hardware.extra)
+    engine_class = resolve("engine", profile.engine.name, extra_of(profile))
     options = {"max_model_len": profile.max_model_len, **profile.engine.options}
     return cast(Engine, engine_class(Path(artifact_dir).resolve(), options, weight_version))
 
 
 def make_quantizer(profile: TargetProfile, model_dir: Path) -> Quantizer:
     """The profile's quantizer for the model whose `config.json` lies in `model_dir`."""
-    quantizer_class = resolve("quantizer", profile.scheme.quantizer, profile.hardware.extra)
+    quantizer_class = resolve("quantizer", profile.scheme.quantizer, extra_of(profile))
     model_config = json.loads((model_dir / "config.json").read_text("utf-8"))
     return cast(Quantizer, quantizer_class(profile.scheme, model_config))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_targets.artifact import checked_layout
-from deploy_targets.catalog import ENGINES, make_quantizer
+from deploy_targets.catalog import ENGINES, extra_of, make_quantizer
 from deploy_targets.engines.requests import parse_options
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
@@ -44,7 +44,7 @@ def check_target(profile: TargetProfile) -> list[str]:
         reasons.append(str(UnknownNameError("engine", profile.engine.name, engines)))
     missing = [package for package in profile.hardware.packages if not _is_installed(package)]
     if missing:
-        extra = profile.hardware.extra
+        extra = extra_of(profile)
         fix = f"; install it with: pip install 'hetero-rl[{extra}]'" if extra else ""
         reasons.append(f"package {', '.join(repr(package) for package in missing)} is not installed{fix}")
     asks_cuda = "cpu" not in profile.hardware.devices or str(profile.engine.options.get("device", "")).startswith("cuda")

@@ -75,6 +75,8 @@ class HardwareSpec(_Table):
     """Importable packages that must be present."""
     extra: str = ""
     """The pip extra that brings `packages`."""
+    cpu_extra: str = ""
+    """The extra for a machine without a GPU, where it is another one."""
 
 
 class GateSpec(_Table):

