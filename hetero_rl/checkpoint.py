@@ -45,7 +45,7 @@ class LoopState:
     num_rebuilds: int = 0
     """Engines that had to be rebuilt after a failed proof."""
     compute_dtype: str = "bfloat16"
-    """The learner's arithmetic; on a machine with another one the gap is not quite that of the floor."""
+    """The learner's arithmetic: the floor was measured in it, so a resumed run keeps it."""
     start_accuracy: float | None = None
     """Deployed accuracy before any update."""
     metrics_offset: int = 0

@@ -53,8 +53,9 @@ class LearnerConfig(_Table):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU without AMX, where it is
-    faster and more exact but takes twice the memory for activations, for models of linear layers and RMSNorms; else bfloat16."""
+    """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU whose bf16 products are not
+    clearly faster (measured at the start), for models of linear layers and RMSNorms; else bfloat16. float32 is more exact and takes
+    twice the memory for activations."""
     tokens_per_micro_batch: int = Field(8192, ge=16)
     """Most tokens of one forward pass, padding included; a prompt that several responses share counts once where it is computed once."""
     logit_chunk_elements: int = Field(32_000_000, ge=1024)

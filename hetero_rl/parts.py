@@ -72,11 +72,12 @@ def assemble(
     model_dir, tokenizer, task = inputs.model_dir, inputs.tokenizer, inputs.task
     quantizer = make_quantizer(profile, model_dir)
     sampling = Sampling(config.loop.max_response_tokens, config.loop.temperature, stop_token_ids=stop_tokens(model_dir, tokenizer))
+    state = None if checkpoint is None else load_state(checkpoint)
     view.phase("loading the learner")
     learner = Learner(
         model_dir,
         quantizer,
-        config.learner,
+        config.learner if state is None else config.learner.model_copy(update={"compute_dtype": state.compute_dtype}),
         config.algorithm,
         config.constraint,
         temperature=config.loop.temperature,
@@ -90,13 +91,9 @@ def assemble(
             f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, "
             "so the gap is only measured"
         )
-    state = None
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
-        state = load_state(checkpoint)
         learner.load(checkpoint)
-        if state.compute_dtype != learner.compute_dtype:
-            view.warn(f"the floor was measured with a learner in {state.compute_dtype}, this machine's computes in {learner.compute_dtype}")
     view.phase(f"starting the engine of {profile.name}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
     stack.callback(publisher.close)

@@ -1,24 +1,29 @@
-"""The arithmetic that the learner's bf16 weights are used in: bf16, or float32 on CPUs whose bf16 products are the slower ones.
+"""The arithmetic that the learner's bf16 weights are used in: bf16, or float32 on CPUs whose bf16 products are not the faster ones.
 
-Without AMX, a CPU multiplies bf16 matrices no faster than float32 ones and rounds every activation in between besides
+Many CPUs multiply bf16 matrices no faster than float32 ones, and bf16 rounds every activation in between besides
 (`benchmarks/arithmetic.py`). The weights that are trained and published are bf16 either way.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from deploy_targets.errors import UsageError
-from deploy_targets.hardware import describe_machine
 
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
+CLEARLY_FASTER = 1.5
+"""bf16 products must be this much faster to make up for its casts and roundings; far from what most CPUs measure, on either side."""
+
 
 def choose_dtype(asked: ComputeDtype, lm: nn.Module) -> torch.dtype:
-    """`auto` is float32 on a CPU without AMX, for models of linear layers, embeddings and RMSNorms; bfloat16 everywhere else.
+    """`auto` is float32 on a CPU where bf16 products are not clearly faster, for models of linear layers, embeddings and RMSNorms.
+
+    Everywhere else it is bfloat16. A run keeps what it began with: checkpoints hold the choice.
 
     Raises:
         UsageError: float32 was asked for, and some layers of the model cannot mix it with bf16 weights.
@@ -30,9 +35,22 @@ def choose_dtype(asked: ComputeDtype, lm: nn.Module) -> torch.dtype:
             f"{', '.join(others)}. Use 'auto' or 'bfloat16'"
         )
     if asked == "auto":
-        slow_bf16 = not torch.cuda.is_available() and "amx_bf16" not in describe_machine().cpu_features
-        return torch.float32 if slow_bf16 and not others else torch.bfloat16
+        in_float32 = not torch.cuda.is_available() and not others and bf16_speedup() < CLEARLY_FASTER
+        return torch.float32 if in_float32 else torch.bfloat16
     return torch.float32 if asked == "float32" else torch.bfloat16
+
+
+def bf16_speedup() -> float:
+    """How much faster this CPU multiplies two matrices in bf16 than in float32, now: the best of five each, in turns."""
+    rows, columns = torch.ones(1024, 1024), torch.ones(1024, 512)
+    seconds = {dtype: float("inf") for dtype in (torch.bfloat16, torch.float32)}
+    for _ in range(6):
+        for dtype in seconds:
+            left, right = rows.to(dtype), columns.to(dtype)
+            start = time.perf_counter()
+            left @ right
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def compute_in_float32(lm: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from deploy_targets.errors import UsageError
-from deploy_targets.hardware import describe_machine
 from hetero_rl.learner import compute
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.model import load_causal_lm
@@ -30,19 +28,22 @@ def layer_norm_model() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("features", "on_cuda", "dtype"),
-    [(("avx512_bf16",), False, torch.float32), (("amx_bf16",), False, torch.bfloat16), ((), True, torch.bfloat16)],
+    ("speedup", "on_cuda", "dtype"),
+    [(0.6, False, torch.float32), (1.2, False, torch.float32), (3.0, False, torch.bfloat16), (0.6, True, torch.bfloat16)],
 )
 def test_auto_follows_the_machine(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], on_cuda: bool, dtype: torch.dtype
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, speedup: float, on_cuda: bool, dtype: torch.dtype
 ) -> None:
-    machine = replace(describe_machine(), cpu_features=features)
     lm = load_causal_lm(model_dir)
-    monkeypatch.setattr(compute, "describe_machine", lambda: machine)
+    monkeypatch.setattr(compute, "bf16_speedup", lambda: speedup)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
     assert choose_dtype("auto", lm) is dtype
     assert choose_dtype("float32", lm) is torch.float32
     assert choose_dtype("bfloat16", lm) is torch.bfloat16
+
+
+def test_the_speedup_is_measured() -> None:
+    assert 0.01 < compute.bf16_speedup() < 100
 
 
 def test_layers_that_cannot_mix_dtypes(layer_norm_model: torch.nn.Module) -> None:
