@@ -193,7 +193,7 @@ def test_run_whose_reward_function_failed_at_once_resumes_when_it_is_mended(tmp_
 
 
 def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
-    """Nothing is learned yet, so there is nothing to save; the run folder can be resumed."""
+    """Nothing is learned yet; the run folder can be resumed."""
     command = [sys.executable, "-m", "hetero_rl", *FAKE, "--run-dir", "run"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -201,9 +201,9 @@ def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert any("measuring the floor" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "error: interrupted" in err
+    assert "interrupted" in out + err  # by the command line, or by the loop if it has begun by now
     assert "Traceback" not in err
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert not (tmp_path / "run" / "artifact").exists()
