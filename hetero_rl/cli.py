@@ -111,9 +111,8 @@ def report(
     from hetero_rl.run_folder import check_output
     from hetero_rl.run_report import write_run_report
 
-    path = out or run / "report.html"
-    check_output(path, "--out")
-    write_run_report(run, path)
+    check_output(out, "--out")
+    path = write_run_report(run, out or run / "report.html")
     _console().print(f"report   {path}", highlight=False, soft_wrap=True)
 
 
