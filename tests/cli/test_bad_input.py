@@ -196,7 +196,14 @@ def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
     """Nothing is learned yet; the run folder can be resumed."""
     command = [sys.executable, "-m", "hetero_rl", *FAKE, "--run-dir", "run"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment_of({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert any("measuring the floor" in line for line in process.stdout)
