@@ -24,7 +24,7 @@ NAME = "short_causal"
 LONGEST = 128
 """Beyond this length the scores no longer fit the cache and the fused kernel wins (`benchmarks/attention.py`)."""
 LONGEST_PACKED = 256
-"""Sequences up to this length share their prompts in packed batches: what is saved outweighs the slower attention."""
+"""Sequences up to this length share their prompts in packed batches; the rest of the model then computes each prompt once."""
 
 
 @dataclass(frozen=True, slots=True)

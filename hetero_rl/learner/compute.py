@@ -1,6 +1,6 @@
 """The arithmetic that the learner's bf16 weights are used in: bf16, or float32 on CPUs whose bf16 products are not the faster ones.
 
-Many CPUs multiply bf16 matrices no faster than float32 ones, and bf16 rounds every activation in between besides
+Some CPUs multiply bf16 matrices no faster than float32 ones, and bf16 rounds every activation in between besides
 (`benchmarks/arithmetic.py`). The weights that are trained and published are bf16 either way.
 """
 
@@ -17,7 +17,7 @@ from deploy_targets.errors import UsageError
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 CLEARLY_FASTER = 1.5
-"""bf16 products must be this much faster to make up for its casts and roundings; far from what most CPUs measure, on either side."""
+"""bf16 products must be this much faster before their coarser rounding is taken; a margin, so that noise decides nothing."""
 
 
 def choose_dtype(asked: ComputeDtype, lm: nn.Module) -> torch.dtype:
