@@ -53,7 +53,7 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Cut into batches of at most `max_tokens` tokens, padding included; a longer single sequence gets a batch of its own.
 
-    `packed` packs the sequences of at most `attention.LONGEST_PACKED` tokens; longer ones gain nothing from it on a CPU.
+    `packed` packs the sequences of at most `attention.LONGEST_PACKED` tokens; longer ones get a row each.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     assert all(len(response) > 0 for response in responses), "an engine answers with one token at least"
