@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,14 @@ def resolve(kind: str, name: str, extra: str) -> Any:
 
 def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
     """Start the profile's engine on a folder in its native format, in this process or in one of its own."""
+    if profile.engine.publish == "rebuild":
+        from deploy_targets.engines.rebuild import RebuildingEngine
+
+        return RebuildingEngine(partial(_start_engine, profile), artifact_dir, weight_version)
+    return _start_engine(profile, artifact_dir, weight_version)
+
+
+def _start_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
     if profile.engine.process == "own":
         from deploy_targets.engines.process import ProcessEngine
 

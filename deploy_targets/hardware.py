@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from pathlib import Path
 from deploy_targets.types import Machine
 
 CPU_FEATURES = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "asimddp", "i8mm", "bf16", "sve",
 )  # fmt: skip
 """Instruction sets that decide which low-bit kernels run, as Linux spells them (x86 first, then ARM)."""
@@ -44,6 +45,12 @@ def find_gpus() -> tuple[str, ...]:
         files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
         lines = [line.partition(":")[2] for file in files for line in file.read_text("utf-8").splitlines() if line.startswith("Model:")]
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of the smallest GPU in GiB; None without a GPU, or where only its name is known."""
+    sizes = [float(match[1]) / 1024 for gpu in find_gpus() if (match := re.search(r"(\d+) MiB", gpu))]
+    return min(sizes, default=None)
 
 
 def package_versions(names: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:

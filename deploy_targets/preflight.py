@@ -14,7 +14,8 @@ from deploy_targets.catalog import ENGINES, extra_of, make_quantizer
 from deploy_targets.engines.requests import parse_options
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
-from deploy_targets.hardware import find_gpus
+from deploy_targets.hardware import describe_machine, find_gpus, gpu_memory_gib
+from deploy_targets.memory import memory_offenders
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
 
@@ -50,6 +51,13 @@ def check_target(profile: TargetProfile) -> list[str]:
     asks_cuda = "cpu" not in profile.hardware.devices or str(profile.engine.options.get("device", "")).startswith("cuda")
     if asks_cuda and not find_gpus():
         reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
+    memory_gib, found_gib = profile.hardware.memory_gib, gpu_memory_gib()
+    # A card sold as 24 GB shows a little less.
+    if asks_cuda and memory_gib is not None and found_gib is not None and found_gib < 0.95 * memory_gib:
+        reasons.append(f"it needs a GPU with {memory_gib:g} GiB, and the one here has {found_gib:.1f} GiB")
+    missing_features = sorted(set(profile.hardware.cpu_features) - set(describe_machine().cpu_features))
+    if missing_features and not find_gpus():
+        reasons.append(f"its kernels need a CPU with {', '.join(missing_features)}, or a GPU; this machine has neither")
     return reasons
 
 
@@ -70,7 +78,7 @@ def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None
         offenders.append(str(error))
     try:
         config = _read_object(model_dir / "config.json")
-        offenders += _scheme_offenders(profile, model_dir, shapes)
+        offenders += _scheme_offenders(profile, model_dir, config, shapes)
     except UsageError as error:
         offenders.append(str(error))
     offenders += _tokenizer_offenders(model_dir, config, shapes)
@@ -110,12 +118,15 @@ def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
         raise UsageError(f"{model_dir}: {error}") from error
 
 
-def _scheme_offenders(profile: TargetProfile, model_dir: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What the quantizer says about the tensors, or about its scheme."""
+def _scheme_offenders(
+    profile: TargetProfile, model_dir: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What the quantizer says about the tensors, or about its scheme, and whether the quantized model fits the memory."""
     try:
-        return make_quantizer(profile, model_dir).offenders(shapes)
+        quantizer = make_quantizer(profile, model_dir)
     except ListedError as error:
         return list(error.offenders)
+    return quantizer.offenders(shapes) + memory_offenders(profile, quantizer, _text_config(config), shapes)
 
 
 def _tokenizer_offenders(model_dir: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deploy_targets.errors import ProfileError, UnknownNameError, UsageError
+
+_GROUP = "deploy_targets.profiles"
 
 
 class _Table(BaseModel):
@@ -55,6 +58,8 @@ class EngineSpec(_Table):
     """Catalog name of the engine, e.g. `vllm`, `onnxruntime`, `transformers`."""
     process: Literal["shared", "own"] = "shared"
     """`own` hosts the engine in a process of its own, so that its threads and memory are not the learner's."""
+    publish: Literal["in_place", "rebuild"] = "in_place"
+    """How new weights get into the engine: swapped while it runs, or by starting it anew on them (slow, for engines that cannot swap)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The engine's own options; the engine validates them and refuses unknown keys."""
 
@@ -71,6 +76,10 @@ class HardwareSpec(_Table):
 
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
     """Devices the target can run on, any one of them suffices."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of the device in GiB, which preflight holds the model against; None: that of the machine at hand."""
+    cpu_features: tuple[str, ...] = ()
+    """Instruction sets that its kernels need on a CPU, as Linux names them; without meaning on a GPU."""
     packages: tuple[str, ...] = ()
     """Importable packages that must be present."""
     extra: str = ""
@@ -124,14 +133,35 @@ class TargetProfile(_Table):
 def parse_profile(text: str, source: str) -> TargetProfile:
     """Validate the TOML `text` of a profile; `source` names it in errors.
 
-    Raises `ProfileError` with every offending key at once.
+    `extends = "NAME"` takes every key that the text does not give from the target NAME, except name and description.
+    Raises `ProfileError` with every offending key at once, `UnknownNameError` for a NAME that is no target.
     """
     try:
-        return TargetProfile.model_validate(tomllib.loads(text))
+        return TargetProfile.model_validate(_extended(text, ()))
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f"{source} is not valid TOML", [str(error)]) from None
+    except RecursionError:
+        raise ProfileError(f"{source} is not a valid target profile", ["extends: the profiles extend each other in a circle"]) from None
     except ValidationError as error:
         raise ProfileError(f"{source} is not a valid target profile", validation_lines(error)) from None
+
+
+def _extended(text: str, path: tuple[str, ...]) -> dict[str, Any]:
+    """The tables of `text` over those of the profiles it extends."""
+    given = tomllib.loads(text)
+    base = given.pop("extends", None)
+    if base is None:
+        return given
+    if base in path:
+        raise RecursionError
+    inherited = _extended(profile_text(str(base)), (*path, base))
+    return _merged({key: value for key, value in inherited.items() if key not in ("name", "description")}, given)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, table by table."""
+    both = {key: _merged(below[key], above[key]) for key in below if isinstance(below[key], dict) and isinstance(above.get(key), dict)}
+    return {**below, **above, **both}
 
 
 def validation_lines(error: ValidationError) -> list[str]:
@@ -145,33 +175,55 @@ def validation_lines(error: ValidationError) -> list[str]:
     return lines
 
 
+def _profile_texts() -> dict[str, str]:
+    """Target name -> TOML text of `deploy_targets/profiles/` and of installed plug-ins.
+
+    A plug-in lists `NAME = "package"` under the entry-point group `deploy_targets.profiles` and has `NAME.toml` in that package.
+    Raises `ProfileError` for plug-ins whose names are taken.
+    """
+    texts = {
+        file.name.removesuffix(".toml"): file.read_text("utf-8")
+        for file in (resources.files("deploy_targets") / "profiles").iterdir()
+        if file.name.endswith(".toml")
+    }
+    taken = []
+    for point in sorted(entry_points(group=_GROUP), key=lambda point: (point.name, point.value)):
+        if point.name in texts:
+            taken.append(f"{point.name!r} of {point.dist.name if point.dist else point.value}")
+        else:
+            texts[point.name] = (resources.files(point.value) / f"{point.name}.toml").read_text("utf-8")
+    if taken:
+        raise ProfileError("installed plug-ins bring targets whose names are taken", taken, "Rename them there, or uninstall the plug-in")
+    return dict(sorted(texts.items()))
+
+
 def shipped_profiles() -> dict[str, TargetProfile]:
-    """Every profile of `deploy_targets/profiles/`, by name."""
-    folder = resources.files("deploy_targets") / "profiles"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    profiles = (parse_profile(f.read_text("utf-8"), f.name) for f in files)
-    return {profile.name: profile for profile in profiles}
+    """Every target that has a name: those of `deploy_targets/profiles/` and of installed plug-ins."""
+    return {name: parse_profile(text, f"{name}.toml") for name, text in _profile_texts().items()}
 
 
 def profile_text(name: str) -> str:
-    """The TOML file of a shipped profile, to be copied. Raises `UnknownNameError`."""
-    for file in (resources.files("deploy_targets") / "profiles").iterdir():
-        if file.name == f"{name}.toml":
-            return file.read_text("utf-8")
-    raise UnknownNameError("target", name, shipped_profiles())
+    """The TOML file of a target that has a name, to be copied. Raises `UnknownNameError`."""
+    texts = _profile_texts()
+    if name not in texts:
+        raise UnknownNameError("target", name, texts)
+    return texts[name]
 
 
 def load_profile(name_or_path: str) -> TargetProfile:
-    """A shipped profile by name, or the user's own by the path of its TOML file.
+    """A target by name, or the user's own by the path of its TOML file.
 
-    Raises `UnknownNameError` for an unknown name, `ProfileError` for a file that does not validate.
+    Raises `UnknownNameError` for an unknown name, `ProfileError` for a file that does not validate or that has
+    the name of another target.
     """
-    if name_or_path.endswith(".toml"):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise UsageError(f"target profile {path} does not exist; give a TOML file or one of the names in `hetero-rl targets list`")
-        return parse_profile(path.read_text("utf-8"), str(path))
-    profiles = shipped_profiles()
-    if name_or_path not in profiles:
-        raise UnknownNameError("target", name_or_path, profiles)
-    return profiles[name_or_path]
+    if not name_or_path.endswith(".toml"):
+        return parse_profile(profile_text(name_or_path), f"{name_or_path}.toml")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(f"target profile {path} does not exist; give a TOML file or one of the names in `hetero-rl targets list`")
+    profile = parse_profile(path.read_text("utf-8"), str(path))
+    # An artifact, a report and a gate would pass for those of the other target.
+    if profile.name in _profile_texts() and profile != load_profile(profile.name):
+        taken = [f"name: {profile.name!r} is taken"]
+        raise ProfileError(f"{path} differs from the target whose name it has", taken, "Give it a name of its own")
+    return profile

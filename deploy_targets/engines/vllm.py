@@ -62,6 +62,7 @@ class VllmEngine:
             "dtype": options.dtype,
             "enforce_eager": options.enforce_eager,
             "kv_cache_dtype": options.kv_cache_dtype,
+            "attention_config": {"backend": options.attention_backend},
             "enable_prefix_caching": options.enable_prefix_caching,
             # vLLM always generates a token, also when it only scores: one more than the longest sequence.
             "max_model_len": self._max_model_len + 1,

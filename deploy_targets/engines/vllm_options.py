@@ -20,6 +20,8 @@ class VllmOptions(EngineOptions):
     """Size of the KV cache in GiB; None leaves it to vLLM, which on a GPU takes nearly all memory."""
     kv_cache_dtype: str = "auto"
     """Dtype of the KV cache, as vLLM names it: auto, fp8, fp8_e5m2, ..."""
+    attention_backend: str = "auto"
+    """Kernel of attention, as vLLM names it (FLASH_ATTN, FLASHINFER, TRITON_ATTN, CPU_ATTN, ...); auto leaves it to vLLM."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of the memory that vLLM may take; None leaves vLLM's default."""
     max_num_seqs: int | None = Field(None, ge=1)

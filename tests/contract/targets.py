@@ -16,12 +16,23 @@ from transformers import AutoModelForCausalLM
 from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.protocols import Engine, Quantizer
-from deploy_targets.quantizers.compressed_weights import quantize_float8
+from deploy_targets.quantizers.compressed_weights import quantize_float8, quantize_int8
 from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
 
 MAX_MODEL_LEN = 48
-LOGP_TOLERANCE_NATS = {"fake": 1e-5, "bf16-transformers": 0.1, "bf16-vllm": 0.1, "fp8-vllm": 0.2, "int4-vllm": 0.1, "int4-onnx": 1e-3}
+LOGP_TOLERANCE_NATS = {
+    "fake": 1e-5,
+    "bf16-transformers": 0.1,
+    "bf16-vllm": 0.1,
+    "bf16-vllm-fp8kv": 0.2,
+    "fp16-vllm": 0.1,
+    "fp8-vllm": 0.2,
+    "int8-vllm": 0.1,
+    "int4-vllm": 0.1,
+    "int4-vllm-fp8kv": 0.2,
+    "int4-onnx": 1e-3,
+}
 """How far two ways of computing the same log-prob may differ (decode or prefill, one or many): bf16 against float32 arithmetic.
 
 FP8 activations are coarse enough for a rounding difference of bf16 to move one to the next FP8 value.
@@ -90,9 +101,13 @@ def largest_gap(first: list[TokenScores], second: list[TokenScores]) -> float:
     return float(np.abs(all_logps(first) - all_logps(second)).max())
 
 
-def fp8_per_token(activations: torch.Tensor) -> torch.Tensor:
-    """Each token's activations on the FP8 grid of a scale of its own, as the scheme FP8_DYNAMIC has them."""
-    values, scales = quantize_float8(activations.flatten(0, -2))
+ROUND_PER_TOKEN = {"FP8_DYNAMIC": quantize_float8, "W8A8": quantize_int8}
+"""Scheme -> how its kernels round activations: each token's on the grid of a scale of its own, as rows of a weight are."""
+
+
+def rounded_per_token(scheme: str, activations: torch.Tensor) -> torch.Tensor:
+    """What the kernels of `scheme` multiply with in place of `activations` [..., hidden]."""
+    values, scales = ROUND_PER_TOKEN[scheme](activations.flatten(0, -2))
     return (values.float() * scales).view(activations.shape)
 
 
@@ -102,10 +117,11 @@ def reference_logps(target: Target, sequences: list[TokenSequence]) -> NDArray[n
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(target.quantizer.dequantized(name, parameter))
-        if target.profile.scheme.name == "FP8_DYNAMIC":
+        scheme = target.profile.scheme.name
+        if scheme in ROUND_PER_TOKEN:
             for name, module in model.named_modules():
                 if isinstance(module, torch.nn.Linear) and target.quantizer.quantizes(f"{name}.weight"):
-                    module.register_forward_pre_hook(lambda module, inputs: (fp8_per_token(inputs[0]),))
+                    module.register_forward_pre_hook(lambda module, inputs: (rounded_per_token(scheme, inputs[0]),))
         logps = []
         for sequence in sequences:
             log_probs = torch.log_softmax(model(torch.tensor([sequence.tokens])).logits[0], dim=-1)

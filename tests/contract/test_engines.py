@@ -31,7 +31,7 @@ from tests.contract.targets import (
     reference_logps,
 )
 
-SLOW = {"bf16-vllm", "fp8-vllm", "int4-vllm"}
+SLOW = {name for name in LOGP_TOLERANCE_NATS if "-vllm" in name}
 TARGETS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LOGP_TOLERANCE_NATS]
 TEMPERATURES = [0.7, 1.0, 1.3]
 

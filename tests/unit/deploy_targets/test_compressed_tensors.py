@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from deploy_targets.errors import ProfileError
 from deploy_targets.profile import SchemeSpec, parse_profile, profile_text
 from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer
-from deploy_targets.quantizers.compressed_weights import pack_int4, quantize_float8, quantize_int4
+from deploy_targets.quantizers.compressed_weights import pack_int4, quantize_int4
 from deploy_targets.weights_file import write_weights
 from tests.conftest import TinyModels
 from tests.models import Family
@@ -203,43 +202,3 @@ def test_transformers_loads_the_folder_and_computes_with_the_dequantized_weights
     tokens = torch.randint(3, 36, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(served(tokens).logits, reference(tokens).logits)
-
-
-def fp8(**changes: object) -> SchemeSpec:
-    return SchemeSpec.model_validate({"quantizer": "compressed-tensors", "name": "FP8_DYNAMIC", "bits": 8, **changes})
-
-
-def test_fp8_is_what_compressed_tensors_decompresses() -> None:
-    weight = random_weight()
-    made = CompressedTensorsQuantizer(fp8(), {})
-    state = {name.removeprefix("p."): tensor for name, tensor in made.quantize([("p.weight", weight)])}
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
-        "weight": (torch.float8_e4m3fn, (64, 128)),
-        "weight_scale": (torch.float32, (64, 1)),
-    }
-    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    decompressed = FloatQuantizationCompressor.decompress(state, scheme)["weight"]
-    assert torch.equal(made.dequantized("p.weight", weight), decompressed.to(torch.bfloat16))
-
-
-def test_fp8_values_are_the_nearest_of_the_grid() -> None:
-    weight = random_weight(8, 64)
-    values, scales = quantize_float8(weight)
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    grid = codes[codes.isfinite()]
-    distance = (weight.float()[..., None] / scales[..., None] - grid).abs()
-    assert torch.allclose((weight.float() / scales - values.float()).abs(), distance.amin(-1), atol=1e-6)
-    assert torch.equal(values.float().abs().amax(1), torch.full((8,), 448.0))
-    zeros, one = quantize_float8(torch.zeros(2, 4, dtype=torch.bfloat16))
-    assert not zeros.float().any()
-    assert torch.equal(one, torch.ones(2, 1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"bits": 4}, "FP8_DYNAMIC has 8 bits"), ({"group_size": 32}, "one scale per channel"), ({"name": "W2A2"}, "W2A2")],
-)
-def test_fp8_profiles_that_make_no_sense(changes: dict[str, object], named: str) -> None:
-    with pytest.raises(ProfileError, match=named):
-        CompressedTensorsQuantizer(fp8(**changes), {})

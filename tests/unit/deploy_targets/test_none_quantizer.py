@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from deploy_targets.errors import ArtifactError, ProfileError
+from deploy_targets.errors import ArtifactError, ProfileError, WeightsError
 from deploy_targets.profile import SchemeSpec
 from deploy_targets.quantizers.none import NoQuantizer
+from deploy_targets.weights_file import write_weights
 from tests.conftest import TinyModels
 
 
@@ -27,8 +29,6 @@ def test_tensors_pass_through_in_order_and_a_tied_head_is_left_out() -> None:
 
 def test_the_scaffold_and_the_weights_are_the_model_again(tiny_models: TinyModels, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from deploy_targets.weights_file import write_weights
 
     model_dir = tiny_models("llama")
     quantizer = NoQuantizer(SchemeSpec(quantizer="none"), {})
@@ -55,3 +55,20 @@ def test_a_scheme_name_that_promises_quantization_is_refused() -> None:
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"config\.json"):
         NoQuantizer(SchemeSpec(quantizer="none"), {}).scaffold(tmp_path, tmp_path)
+
+
+def test_fp16_rounds_once_and_says_so_in_the_config(tiny_models: TinyModels, tmp_path: Path) -> None:
+    made = NoQuantizer(SchemeSpec(quantizer="none", name="FP16"), {})
+    weight = torch.tensor([1.0, 2.0**-26, 3.0], dtype=torch.bfloat16)
+    ((_, stored),) = made.quantize([("x.weight", weight)])
+    assert stored.dtype == torch.float16
+    assert torch.equal(made.dequantized("x.weight", weight), torch.tensor([1.0, 0.0, 3.0], dtype=torch.bfloat16))
+    made.scaffold(tiny_models("llama"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_weights_beyond_fp16_never_reach_a_file(tmp_path: Path) -> None:
+    made = NoQuantizer(SchemeSpec(quantizer="none", name="FP16"), {})
+    with pytest.raises(WeightsError, match=r"x\.weight"):
+        write_weights(tmp_path / "model.safetensors", made.quantize([("x.weight", torch.tensor([1e5]))]), 4)
+    assert not list(tmp_path.iterdir())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from deploy_targets.errors import ProfileError
-from deploy_targets.profile import parse_profile, profile_text, shipped_profiles
+from deploy_targets.errors import ProfileError, UnknownNameError
+from deploy_targets.profile import load_profile, parse_profile, profile_text, shipped_profiles
 
 
 def with_threads(name: str, process: str) -> str:
@@ -32,3 +34,35 @@ def test_an_empty_list_of_ignored_modules_is_not_an_absent_one() -> None:
     text = profile_text("int4-vllm")
     assert parse_profile(text.replace('ignore = ["lm_head"]', "ignore = []"), "mine.toml").scheme.ignore == ()
     assert parse_profile(text.replace('ignore = ["lm_head"]', ""), "mine.toml").scheme.ignore is None
+
+
+def test_a_profile_that_extends_another_gives_only_what_differs() -> None:
+    mine = parse_profile('extends = "int4-vllm"\nname = "mine"\ndescription = "mine"\n[scheme]\ngroup_size = 64\n', "mine.toml")
+    base = load_profile("int4-vllm")
+    assert mine.scheme == base.scheme.model_copy(update={"group_size": 64})
+    assert mine.model_copy(update={"name": base.name, "description": base.description, "scheme": base.scheme}) == base
+
+
+def test_name_and_description_are_not_inherited() -> None:
+    with pytest.raises(ProfileError) as caught:
+        parse_profile('extends = "int4-vllm"', "mine.toml")
+    assert [line.partition(":")[0] for line in caught.value.offenders] == ["name", "description"]
+
+
+def test_extending_what_is_no_target_is_an_error_with_the_known_names() -> None:
+    with pytest.raises(UnknownNameError, match="int4-vllm"):
+        parse_profile('extends = "int4-vlm"', "mine.toml")
+
+
+def test_a_file_must_not_pass_for_a_shipped_target(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(profile_text("int4-vllm"), "utf-8")
+    assert load_profile(str(path)) == load_profile("int4-vllm")
+    path.write_text(profile_text("int4-vllm").replace("group_size = 32", "group_size = 64"), "utf-8")
+    with pytest.raises(ProfileError, match="'int4-vllm' is taken"):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_every_shipped_profile_has_the_name_of_its_file(name: str) -> None:
+    assert shipped_profiles()[name].name == name
