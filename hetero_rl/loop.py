@@ -28,6 +28,7 @@ from hetero_rl.interrupt import interrupt_flag, saved_on_failure
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
+from hetero_rl.publish import Publisher
 from hetero_rl.rollout import accuracy, probability_gap, rewarded, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
@@ -98,6 +99,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 snapshot = learner.snapshot() if snapshot is not None else None
             clock.lap("perf/publish_s")
 
+            if publisher.num_rebuilds and not state.num_rebuilds:
+                view.warn(rebuilt_message(profile, publisher))
             if dual.infeasible and not state.dual.infeasible:
                 view.warn(infeasible_message(state, dual))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
@@ -184,6 +187,15 @@ def evaluate(parts: Parts, num_problems: int) -> dict[str, float]:
         [task.encode_prompt(problem) for problem in problems], greedy.max_tokens, greedy.stop_token_ids
     )
     return {"eval/deployed_accuracy": accuracy(task, problems, deployed), "eval/learner_accuracy": accuracy(task, problems, learned)}
+
+
+def rebuilt_message(profile: TargetProfile, publisher: Publisher) -> str:
+    """What a user reads, once a run, when new weights did not get into the running engine."""
+    return (
+        f"an update of engine {profile.engine.name!r} failed its proof, and the engine was started anew on the weights: "
+        f"{publisher.rebuilt_because}. The metric publish/rebuilds counts such updates; where it rises at every step, set "
+        'engine.publish = "rebuild" in the profile'
+    )
 
 
 def infeasible_message(state: LoopState, dual: DualState) -> str:

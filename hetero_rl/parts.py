@@ -94,7 +94,8 @@ def assemble(
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
         learner.load(checkpoint)
-    view.phase(f"starting the engine of {profile.name}")
+    anew = ", and anew for every update: it cannot swap weights while it runs" if profile.engine.publish == "rebuild" else ""
+    view.phase(f"starting the engine of {profile.name}{anew}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
     stack.callback(publisher.close)
     if state is not None:

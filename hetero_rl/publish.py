@@ -24,7 +24,10 @@ from deploy_targets.weights_file import write_weights
 from hetero_rl.learner.deepspeed_learner import Learner
 
 PROOF_GAP_MIN = 0.02
-"""Mean abs(dp) between twin and engine that kernels alone may cause, whatever was measured at the start."""
+"""Mean abs(dp) between twin and engine that kernels alone may cause, whatever was measured at the start: a share of the mean probability,
+as the differences of a model that is sure of little are small, whatever is wrong with it."""
+FRESH_GAP_MAX = 0.1
+"""The same for a freshly started engine, to which there is nothing yet to compare."""
 PROOF_GAP_FACTOR = 5.0
 """How far that gap may grow over the one of the freshly built engine before the update counts as failed."""
 STALE_MARGIN = 2.0
@@ -53,6 +56,15 @@ class ProbeProbabilities:
         """Mean abs(p_twin - p_engine)."""
         return float(np.abs(self.twin - self.engine).mean())
 
+    @property
+    def mean(self) -> float:
+        """Mean of p_twin."""
+        return float(self.twin.mean())
+
+    def bound(self, reference_gap: float) -> float:
+        """The largest gap at which the engine counts as serving these weights, given that of the fresh engine."""
+        return max(PROOF_GAP_MIN * self.mean, PROOF_GAP_FACTOR * reference_gap)
+
 
 class Publisher:
     """Owns the serving engine and the folder it serves from."""
@@ -63,6 +75,7 @@ class Publisher:
         """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them."""
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
         self.num_rebuilds = 0
+        self.rebuilt_because = ""
         self._probes: list[TokenSequence] = []
         self._reference_gap = 0.0
         self._last: ProbeProbabilities | None = None
@@ -88,7 +101,7 @@ class Publisher:
         self._probes = probes
         self._last = self._told_apart = self._measure()
         self._reference_gap = self._last.gap if reference_gap is None else reference_gap
-        if not self._last.gap <= max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * self._reference_gap) or self._last.gap > 0.1:
+        if not self._last.gap <= min(self._last.bound(self._reference_gap), FRESH_GAP_MAX * self._last.mean):
             raise ProofError(
                 f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to "
                 f"the fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"
@@ -143,6 +156,7 @@ class Publisher:
 
     def _rebuild(self, weight_version: int, failure: str) -> None:
         self.num_rebuilds += 1
+        self.rebuilt_because = failure
         self.engine.close()
         self.engine = open_engine(self._profile, self.folder, weight_version)
         self._told_apart = None
@@ -176,7 +190,7 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
     """
     if not np.isfinite(now.engine).all():
         return f"{int((~np.isfinite(now.engine)).sum())} of {len(now.engine)} probe log-probs are not finite"
-    bound = max(PROOF_GAP_MIN, PROOF_GAP_FACTOR * reference_gap)
+    bound = now.bound(reference_gap)
     if now.gap > bound:
         return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
     if before is not None:

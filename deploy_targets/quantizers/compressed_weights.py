@@ -198,7 +198,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int | None) -> tuple[torch.T
     groups = weight.detach().to(SCALE_DTYPE).float().view(weight.shape[0], -1, group_size or weight.shape[1])
     low, high = torch.aminmax(groups, dim=-1)
     scales = (torch.maximum(-low, high) / 7.5).to(SCALE_DTYPE)
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = _without_zeros(scales)
     values = (groups / scales.unsqueeze(-1).float()).round_().clamp_(_Q_MIN, _Q_MAX)
     return values.to(torch.int8).view(weight.shape), scales
 
@@ -220,7 +220,7 @@ def quantize_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = weight.detach().float()
     scales = rows.abs().amax(dim=1, keepdim=True) / torch.finfo(_FLOAT8).max
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = _without_zeros(scales)
     largest = torch.finfo(_FLOAT8).max
     return (rows / scales).clamp_(-largest, largest).to(_FLOAT8), scales
 
@@ -234,7 +234,7 @@ def quantize_float8_blocks(weight: torch.Tensor, block: int) -> tuple[torch.Tens
     num_rows, num_columns = weight.shape
     blocks = weight.detach().float().view(num_rows // block, block, num_columns // block, block)
     scales = blocks.abs().amax(dim=(1, 3)) / largest
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = _without_zeros(scales)
     scaled = blocks / scales[:, None, :, None]
     return scaled.clamp_(-largest, largest).to(_FLOAT8).view(weight.shape), scales
 
@@ -246,10 +246,15 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = weight.detach().float()
     scales = rows.abs().amax(dim=1, keepdim=True) / 127
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = _without_zeros(scales)
     return (rows / scales).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 def _spread(scales: torch.Tensor, block: int) -> torch.Tensor:
     """The scale of each value [out, in] from those of its blocks [out / block, in / block]."""
     return scales.repeat_interleave(block, dim=0).repeat_interleave(block, dim=1)
+
+
+def _without_zeros(scales: torch.Tensor) -> torch.Tensor:
+    """1 in place of 0. NaN stays NaN: that is how weights that are not finite are found out before they are published."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

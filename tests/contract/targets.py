@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,15 @@ class Target:
     def weights(self, version: int, weight_version: int) -> WeightFile:
         return WeightFile(self.versions[version], weight_version)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Version 1 of the weights before they were quantized."""
+        return load_file(self.model_dir / WEIGHTS_FILE)
+
+    def write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """`tensors` in the target's checkpoint format."""
+        write_weights(path, self.quantizer.quantize(tensors.items()), 4 * len(tensors) + 16)
+        return path
+
 
 def make_target(name: str, model_dir: Path, folder: Path) -> Target:
     profile = load_profile(name)
@@ -74,12 +84,12 @@ def make_target(name: str, model_dir: Path, folder: Path) -> Target:
     served, updates = folder / "served", folder / "updates"
     served.mkdir()
     updates.mkdir()
-    versions = {1: updates / "one.safetensors", 2: updates / "two.safetensors"}
+    target = Target(profile, quantizer, model_dir, served, {1: updates / "one.safetensors", 2: updates / "two.safetensors"})
     for version, tensors in {1: first, 2: second}.items():
-        write_weights(versions[version], quantizer.quantize(tensors.items()), 4 * len(tensors) + 16)
-    (served / WEIGHTS_FILE).write_bytes(versions[1].read_bytes())
+        target.write(target.versions[version], tensors)
+    (served / WEIGHTS_FILE).write_bytes(target.versions[1].read_bytes())
     quantizer.scaffold(model_dir, served)
-    return Target(profile, quantizer, model_dir, served, versions)
+    return target
 
 
 def random_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 20) -> list[list[int]]:

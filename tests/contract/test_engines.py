@@ -6,6 +6,7 @@ Each target is opened on two models through the same calls that a training run m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from deploy_targets.errors import EngineError, UsageError
+from deploy_targets.errors import EngineError, UsageError, WeightsError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
+from hetero_rl.publish import ProbeProbabilities, proof_failure
 from tests.conftest import TinyModels
 from tests.contract.targets import (
     LOGP_TOLERANCE_NATS,
@@ -31,8 +33,15 @@ from tests.contract.targets import (
     reference_logps,
 )
 
-SLOW = {name for name in LOGP_TOLERANCE_NATS if "-vllm" in name}
-TARGETS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LOGP_TOLERANCE_NATS]
+FAMILIES = {"fake", "bf16-transformers", "fp8-vllm", "int4-vllm", "int4-onnx"}
+"""One or two targets of each family; scripts/test_targets.sh holds the rest against the same tests."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [mark for mark, given in ((pytest.mark.slow, "-vllm" in name), (pytest.mark.variant, name not in FAMILIES)) if given]
+
+
+TARGETS = [pytest.param(name, marks=marks(name)) for name in LOGP_TOLERANCE_NATS]
 TEMPERATURES = [0.7, 1.0, 1.3]
 
 
@@ -147,10 +156,11 @@ def test_updates_equal_a_fresh_engine_and_going_back_restores(target: Target, en
     assert largest_gap(engine.score(sequences), before) == 0
 
 
-def test_publishing_the_same_weights_five_times_drifts_by_nothing(target: Target, engine: Engine) -> None:
+def test_publishing_the_same_weights_twenty_times_drifts_by_nothing(target: Target, engine: Engine) -> None:
+    num_publishes = 20 if target.profile.engine.publish == "in_place" else 2
     sequences, prompts, sampling = random_sequences(6), random_prompts(6), Sampling(max_tokens=8, seed=9)
     scores, generations = engine.score(sequences), engine.generate(prompts, sampling)
-    for weight_version in range(2, 7):
+    for weight_version in range(2, 2 + num_publishes):
         engine.update(target.weights(1, weight_version))
         assert largest_gap(engine.score(sequences), scores) == 0
     for before, after in zip(generations, engine.generate(prompts, sampling), strict=True):
@@ -227,6 +237,51 @@ def test_scores_are_those_of_the_dequantized_model(target: Target, engine: Engin
     gap = np.abs(all_logps(engine.score(sequences)) - reference_logps(target, sequences))
     assert gap.mean() < target.tolerance / 4
     assert gap.max() < 2 * target.tolerance
+
+
+def test_a_scale_changed_on_purpose_is_caught_by_the_proof(target: Target, engine: Engine, tmp_path: Path) -> None:
+    if target.profile.name == "fake":
+        pytest.skip("the fake engine runs no model")
+    sequences = random_sequences(16)
+    twin = np.exp(reference_logps(target, sequences))
+
+    def measured() -> ProbeProbabilities:
+        return ProbeProbabilities(twin, np.exp(all_logps(engine.score(sequences))))
+
+    honest = measured()
+    assert proof_failure(honest, None, honest.gap) is None
+    tensors = target.tensors()
+    # Four times the weight is four times its scales.
+    changed = tensors | {name: 4 * tensor for name, tensor in tensors.items() if name == "model.layers.1.self_attn.o_proj.weight"}
+    engine.update(WeightFile(target.write(tmp_path / "changed.safetensors", changed), 2))
+    assert proof_failure(measured(), None, honest.gap) is not None
+
+
+def test_near_certain_tokens_have_finite_logps(target: Target, engine: Engine, tmp_path: Path) -> None:
+    if target.profile.name == "fake":
+        pytest.skip("the fake engine runs no model")
+    tensors = target.tensors()
+    certain = tensors | {"model.norm.weight": 60 * tensors["model.norm.weight"]}
+    engine.update(WeightFile(target.write(tmp_path / "certain.safetensors", certain), 2))
+    generations = engine.generate(random_prompts(8), Sampling(max_tokens=8, seed=1))
+    logps = np.concatenate([generation.logps for generation in generations])
+    assert np.isfinite(logps).all()
+    assert logps.max() <= 1e-5
+    assert (logps > -1e-4).mean() > 0.5, "no token is near-certain: the test sees nothing"
+    scores = engine.score([generation.sequence for generation in generations])
+    assert np.isfinite(all_logps(scores)).all()
+    # Logits of some hundreds: one step of bf16 there is a nat.
+    assert np.abs(np.exp(all_logps(scores)) - np.exp(logps)).mean() < 0.05
+
+
+def test_weights_that_are_not_finite_never_become_a_file(target: Target, tmp_path: Path) -> None:
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"):
+        for value in (float("nan"), float("inf")):
+            tensors = target.tensors()
+            tensors[name].view(-1)[7] = value
+            with pytest.raises(WeightsError, match=re.escape(name.rsplit(".", 2)[1])):
+                target.write(tmp_path / "bad.safetensors", tensors)
+            assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Every target that runs on this machine: the contract suite, then twenty steps of the demo, export and verification. About an hour on two cores.
+# Arguments go to pytest:  bash scripts/test_targets.sh -k int8-vllm
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export HETERO_RL_TESTS_TARGET_STEPS=${HETERO_RL_TESTS_TARGET_STEPS:-20}
+exec bash scripts/test.sh -m "variant or not variant" tests/contract tests/e2e/test_targets.py "$@"
