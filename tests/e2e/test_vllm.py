@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -61,13 +60,19 @@ def test_verify_deploy(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_artifact_loads_unchanged_in_vllms_server(run: Path, greedy: tuple[list[list[int]], list[str]], tmp_path: Path) -> None:
+    """Asked by OpenAI's own client, as applications ask it."""
+    import openai
+
     prompts, answers = greedy
     with vllm_server(load_profile("int4-vllm"), run / "artifact", tmp_path / "serve.log") as url:
-        body = {"model": str(run / "artifact"), "prompt": prompts, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
-            choices = sorted(json.load(response)["choices"], key=lambda choice: choice["index"])
-    solved = [text == answer for text, answer in zip(decode(run, [choice["token_ids"] for choice in choices]), answers, strict=True)]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+        completion = client.completions.create(
+            model=str(run / "artifact"), prompt=prompts, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
+        )
+        client.close()
+    choices = sorted(completion.choices, key=lambda choice: choice.index)
+    responses = [choice.model_extra["token_ids"] for choice in choices]
+    solved = [text == answer for text, answer in zip(decode(run, responses), answers, strict=True)]
     assert sum(solved) / len(solved) == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"], abs=0.05)
 
 
