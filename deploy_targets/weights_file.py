@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_t
             file.seek(8 + room)
             for name, tensor in tensors:
                 flat = tensor.detach().cpu().contiguous()
-                if flat.is_floating_point() and not torch.isfinite(flat if flat.element_size() > 1 else flat.float()).all():
+                if not _is_finite(flat):
                     raise WeightsError(
                         f"tensor {name!r} holds NaN or infinity; it is not published. The learner has diverged: lower learner.lr"
                     )
@@ -59,6 +60,17 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_t
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; several times faster than `torch.isfinite(tensor).all()`, which writes a mask."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:  # no infinity, and NaN is all ones but for the sign
+        return int((tensor.view(torch.uint8) & 0x7F).amax()) != 0x7F
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def sha256_of(path: Path) -> str:
