@@ -13,8 +13,15 @@ from deploy_targets.weights_file import write_weights
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (dtype, float(value))
+        for dtype in FLOATS
+        for value in ("nan", "-nan", "inf", "-inf")
+        if dtype != torch.float8_e4m3fn or "nan" in value
+    ],
+)
 @pytest.mark.parametrize("place", [0, 500, 998])
 def test_a_tensor_that_is_not_finite_is_named_and_no_file_is_left(dtype: torch.dtype, value: float, place: int, tmp_path: Path) -> None:
     tensor = torch.linspace(-400, 400, 999)
