@@ -91,15 +91,15 @@ def measurement(
     return Measurement.model_validate(found)
 
 
-def arguments(name: str, description: str | None, rounds: int = 7, targets: Sequence[str] = ()) -> argparse.Namespace:
-    """`--quick`, `--out`, `--rounds`, `--threads`, and `--targets` among `targets`; `rounds` is 2 for a quick run that names none."""
+def arguments(name: str, description: str | None, rounds: int = 7, **choices: Sequence[str]) -> argparse.Namespace:
+    """`--quick`, `--out`, `--rounds`, `--threads`, an option for each list of `choices`; a quick run has 2 rounds."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run at all; writes nothing without --out")
     parser.add_argument("--out", type=Path, help=f"default benchmarks/results/{name}.json")
     parser.add_argument("--rounds", type=int, help=f"measured rounds after the warm-up (default {rounds}, quick 2)")
     parser.add_argument("--threads", type=int, default=min(2, num_cores()), help="threads of each side (default %(default)s)")
-    if targets:
-        parser.add_argument("--targets", nargs="+", choices=targets, default=list(targets), help="default: all that run here")
+    for option, values in choices.items():
+        parser.add_argument(f"--{option}", nargs="+", choices=values, help=f"default {' '.join(values)}")
     parsed = parser.parse_args()
     parsed.rounds = parsed.rounds or (2 if parsed.quick else rounds)
     parsed.name = name

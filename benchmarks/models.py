@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.types import WEIGHTS_FILE
 
-MEDIUM_VOCAB_SIZE = 8192
+LARGER_VOCAB_SIZE = 8192
 
 
 def tiny(folder: Path, *, quick: bool = False) -> Path:
@@ -22,7 +23,17 @@ def tiny(folder: Path, *, quick: bool = False) -> Path:
 
 
 def medium(folder: Path) -> Path:
-    """Qwen3, about 100M parameters: 12 layers of 768 and a vocabulary of 8192, of which the tokenizer spells the first few."""
+    """Qwen3, about 100M parameters: 12 layers of 768."""
+    return _qwen3(folder, hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=6)
+
+
+def large(folder: Path) -> Path:
+    """Qwen3, about 500M parameters, the layers of Qwen3-0.6B and more of them: 34 layers of 1024."""
+    return _qwen3(folder, hidden_size=1024, intermediate_size=3072, num_hidden_layers=34, num_attention_heads=16, num_key_value_heads=8)
+
+
+def _qwen3(folder: Path, **sizes: int) -> Path:
+    """Random weights of `sizes`, and a vocabulary of 8192 of which the tokenizer spells the first few."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -31,21 +42,20 @@ def medium(folder: Path) -> Path:
     save_tokenizer(folder)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=MEDIUM_VOCAB_SIZE,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=6,
+        vocab_size=LARGER_VOCAB_SIZE,
         head_dim=64,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
+        **sizes,
     )
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+SIZES: dict[str, Callable[[Path], Path]] = {"tiny": tiny, "100M": medium, "500M": large}
 
 
 def profile_for(target: str, num_threads: int) -> TargetProfile:

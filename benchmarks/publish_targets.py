@@ -112,21 +112,19 @@ def runnable() -> list[str]:
 
 
 def main() -> None:
-    options = arguments("publish_targets", __doc__, rounds=5, targets=runnable())
+    options = arguments("publish_targets", __doc__, rounds=5, targets=runnable(), sizes=list(models.SIZES))
     cases: dict[str, Measurement] = {}
     settings: dict[str, object] = {"noise": NOISE}
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {"tiny": models.tiny(Path(temporary) / "tiny", quick=options.quick)}
-        if not options.quick:
-            folders["100M"] = models.medium(Path(temporary) / "100M")
-        for size, model_dir in folders.items():
+        for size in options.sizes or (["tiny"] if options.quick else ["tiny", "100M"]):
+            model_dir = models.SIZES[size](Path(temporary) / size)
             settings[size] = models.describe(model_dir)
-            for target in options.targets:
+            for target in options.targets or runnable():
                 with Worker(body, StepSpec(model_dir, target, "off", 8, 4, 16, options.threads)) as worker:
                     runs = [worker() for _ in range(options.rounds + 1)][1:]
                 cases[f"{target}/{size}"] = case(runs)
                 print(f"  {target}/{size}: {cases[f'{target}/{size}'].median:.0f} ms", file=sys.stderr, flush=True)
-    write(options, cases, f"{options.targets[0]}/tiny", settings)
+    write(options, cases, next(iter(cases)), settings)
 
 
 if __name__ == "__main__":

@@ -133,12 +133,12 @@ def main() -> None:
     cases = {}
     with tempfile.TemporaryDirectory() as temporary:
         model_dir = models.tiny(Path(temporary) / "model", quick=True) if options.quick else models.medium(Path(temporary) / "model")
-        for target in options.targets:
+        for target in options.targets or TARGETS:
             with Worker(body, StepSpec(model_dir, target, "off", 8, 4, 16, options.threads)) as worker:
                 sides = {side: lambda side=side: worker(side) for side in ("publish", "restart")}
                 cases[target] = case(in_turns(sides, options.rounds))
         settings = models.describe(model_dir)
-    write(options, cases, options.targets[0], {"model": settings})
+    write(options, cases, next(iter(cases)), {"model": settings})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens per second through our engines against the runtimes under them, on the same requests, in turns.
 
-int4-vllm: `ProcessEngine` (its own process, results over a socket) against `vllm.LLM.generate` called inside an equal process.
-int4-onnx: `OnnxRuntimeEngine` against a hand-written decode loop (bare_onnx.py), in the faster of two thread layouts.
+Targets of vLLM: `ProcessEngine` (its own process, results over a socket) against `vllm.LLM.generate` called inside an equal process.
+Targets of ONNX Runtime: `OnnxRuntimeEngine` against a hand-written decode loop (bare_onnx.py), in the faster of two thread layouts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy as np
 
 from benchmarks import bare_onnx, models
 from benchmarks.common import Measurement, arguments, in_turns, measurement, write
+from benchmarks.publish_targets import runnable
 from benchmarks.worker import Worker, serve
 from deploy_targets.catalog import open_engine
 from deploy_targets.engines.environment import child_environment
-from deploy_targets.profile import TargetProfile
+from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.types import Sampling
 
 PROMPT_TOKENS = 8
@@ -59,7 +60,8 @@ def raw_vllm_body(connection: Connection, profile: TargetProfile, folder: Path, 
     options = profile.engine.options
     llm = vllm.LLM(
         model=str(folder),
-        dtype="bfloat16",
+        dtype=options.get("dtype", "bfloat16"),
+        kv_cache_dtype=options.get("kv_cache_dtype", "auto"),
         enforce_eager=options["enforce_eager"],
         enable_prefix_caching=True,
         kv_cache_memory_bytes=int(options["kv_cache_gib"] * 2**30),
@@ -125,21 +127,27 @@ def measure_vllm(folder: Path, profile: TargetProfile, prompts: Prompts, group_s
     return measurement(found["wrapper"], "tokens/s", baseline=found["raw"], ratio_of=RATIO_OF)
 
 
+MEASURES: dict[str, Callable[..., Measurement]] = {"onnxruntime": measure_onnx, "vllm": measure_vllm}
+
+
 def main() -> None:
-    options = arguments("rollout", __doc__, rounds=9)
+    known = [name for name in runnable() if load_profile(name).engine.name in MEASURES]
+    options = arguments("rollout", __doc__, rounds=9, targets=known, sizes=list(models.SIZES))
     num_prompts, group_size, max_tokens = (4, 4, 16) if options.quick else (32, 8, 64)
+    size = (options.sizes or ["tiny"])[0]
     cases = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model_dir = models.tiny(folder / "model", quick=options.quick)
+        model_dir = models.tiny(folder / "model", quick=True) if options.quick else models.SIZES[size](folder / "model")
         model = models.describe(model_dir)
         prompts: Prompts = np.random.default_rng(0).integers(3, model["vocab_size"], size=(num_prompts, PROMPT_TOKENS)).tolist()
-        for target, measure in (("int4-onnx", measure_onnx), ("int4-vllm", measure_vllm)):
+        for target in options.targets or ["int4-onnx", "int4-vllm"]:
             profile = models.profile_for(target, options.threads)
             served = models.serving_folder(profile, model_dir, folder / target)
+            measure = MEASURES[profile.engine.name]
             cases[target] = measure(served, profile, prompts, group_size, max_tokens, options.rounds)
     settings = {"model": model, "num_prompts": num_prompts, "samples_per_prompt": group_size, "prompt_tokens": PROMPT_TOKENS}
-    write(options, cases, "int4-onnx", {**settings, "response_tokens": max_tokens})
+    write(options, cases, next(iter(cases)), {**settings, "response_tokens": max_tokens})
 
 
 if __name__ == "__main__":
