@@ -14,6 +14,7 @@ import pytest
 import typer
 from typer.main import get_command
 
+from deploy_targets.profile import load_profile, parse_profile, shipped_profiles
 from hetero_rl.cli import app
 from hetero_rl.config import load_config
 from tests.command_line import hetero_rl
@@ -78,9 +79,33 @@ def test_shipped_config_parses(path: Path) -> None:
     assert {table: {key: resolved[table][key] for key in keys} for table, keys in written.items()} == written
 
 
+def toml_examples() -> tuple[str, str]:
+    """The README's config and its profile."""
+    config, profile = re.findall(r"^```toml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return config, profile
+
+
+def test_profile_example_is_accepted() -> None:
+    _, example = toml_examples()
+    made = parse_profile(example, "mine.toml")
+    assert made.scheme.group_size == 128
+    assert made.scheme.name == load_profile("int4-vllm").scheme.name
+
+
+def test_every_target_has_its_place_in_the_table() -> None:
+    (table,) = re.findall(r"## Targets\n\n(.*?)\n\n", README, re.DOTALL)
+    rows = table.splitlines()[2:]
+    for name, profile in shipped_profiles().items():
+        if name != "fake":
+            (row,) = [row for row in rows if f"`{name}`" in row]
+            engine = row.split("|")[1].strip().lower().replace(" ", "").replace(".", "")
+            assert engine == profile.engine.name, name
+    assert set(re.findall(r"`([a-z0-9_-]+)`", table)) | {"fake"} == set(shipped_profiles())
+
+
 def test_config_example_is_accepted(tmp_path: Path) -> None:
     """The README's mine.toml, with a model and a dataset that are here, under the README's own command."""
-    (example,) = re.findall(r"^```toml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    example, _ = toml_examples()
     written = tomllib.loads(example)
     for old, new in {written["model"]["path"]: "demo", written["task"]["path"]: "made.jsonl"}.items():
         assert example.count(f'"{old}"') == 1
