@@ -21,7 +21,16 @@ from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, Weigh
 from deploy_targets.weights_file import write_weights
 
 MAX_MODEL_LEN = 48
-LOGP_TOLERANCE_NATS = {"fake": 1e-5, "bf16-transformers": 0.1, "bf16-vllm": 0.1, "fp8-vllm": 0.2, "int4-vllm": 0.1, "int4-onnx": 1e-3}
+LOGP_TOLERANCE_NATS = {
+    "fake": 1e-5,
+    "bf16-transformers": 0.1,
+    "bf16-vllm": 0.1,
+    "fp8-vllm": 0.2,
+    "int4-vllm": 0.1,
+    "int4-onnx": 1e-3,
+    "nf4-transformers": 0.1,
+    "int8-transformers": 0.2,
+}
 """How far two ways of computing the same log-prob may differ (decode or prefill, one or many): bf16 against float32 arithmetic.
 
 FP8 activations are coarse enough for a rounding difference of bf16 to move one to the next FP8 value.
