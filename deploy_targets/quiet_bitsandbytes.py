@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-_TALKATIVE = (
+for _name in (
     "bitsandbytes.backends.cpu.ops",  # at import: a kernel of the package `kernels` is missing; the targets do not use it
     "bitsandbytes.autograd._functions",  # at every LLM.int8() layer of every forward pass: its bf16 inputs are cast to float16
-)
+):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
+import bitsandbytes  # noqa: E402 - the levels come first
 
-def bitsandbytes() -> Any:
-    """The package, imported now. Raises `ModuleNotFoundError` where it is not installed."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import bitsandbytes as package
-
-    return package
-
-
-def functional() -> Any:
-    """The module `bitsandbytes.functional`."""
-    return bitsandbytes().functional
+__all__ = ["bitsandbytes"]

@@ -24,16 +24,14 @@ class QuantizedLayers:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         """Let the layers of `model` compute in `dtype`."""
-        package = bitsandbytes()
-        self._params4bit, self._int8_params = package.nn.Params4bit, package.nn.Int8Params
         self._in_4bit: dict[str, Any] = {}
         self._in_8bit: dict[str, Any] = {}
         for name, module in model.named_modules():
-            if isinstance(module, package.nn.Linear4bit):
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.compute_dtype, module.compute_type_is_set = dtype, True
                 module.support_avx512bf16_for_cpu = False
                 self._in_4bit[name] = module
-            elif isinstance(module, package.nn.Linear8bitLt):
+            elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
                 self._in_8bit[name] = module
 
     def owns(self, name: str) -> bool:
@@ -63,7 +61,7 @@ class QuantizedLayers:
         def install() -> None:
             for layer, weight in made:
                 layer.weight = weight
-                if isinstance(weight, self._params4bit):
+                if isinstance(weight, bitsandbytes.nn.Params4bit):
                     layer.quant_state = weight.quant_state
 
         return install
@@ -82,7 +80,7 @@ class QuantizedLayers:
         device, old = layer.weight.device, layer.weight.quant_state
         copies = {part: tensor.to(device, copy=True) for part, tensor in given.items()}
         values = copies.pop(_WEIGHT)
-        weight = self._params4bit.from_prequantized(values, copies, requires_grad=False, device=device)
+        weight = bitsandbytes.nn.Params4bit.from_prequantized(values, copies, requires_grad=False, device=device)
         new = weight.quant_state
         if (new.shape, new.blocksize, new.quant_type) != (old.shape, old.blocksize, old.quant_type):
             raise ValueError(
@@ -95,4 +93,4 @@ class QuantizedLayers:
     def _weight_8bit(self, layer: Any, given: Mapping[str, torch.Tensor]) -> torch.nn.Parameter:
         values, scales = (given[part].to(layer.weight.device, copy=True) for part in (_WEIGHT, _SCALES))
         # With `CB` set, the layer takes both over into its state at the next forward pass.
-        return self._int8_params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)  # type: ignore[no-any-return]
+        return bitsandbytes.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)  # type: ignore[no-any-return]

@@ -29,7 +29,6 @@ from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores
 if TYPE_CHECKING:
     from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
 
-
 _BITSANDBYTES = "bitsandbytes"
 
 
@@ -58,10 +57,14 @@ class TransformersEngine:
         device = self._options.device
         self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = getattr(torch, self._options.dtype)
-        quantized_by = _quantized_by(artifact_dir)
-        # Layers of bitsandbytes are made on the device they stay on.
-        placing = {"device_map": {"": str(self._device)}} if quantized_by == _BITSANDBYTES else {}
+        has_quantized_layers = _quantized_by(artifact_dir) == _BITSANDBYTES
+        placing: dict[str, Any] = {}
         try:
+            if has_quantized_layers:
+                # Before transformers imports bitsandbytes, so that it is imported quietly.
+                from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
+
+                placing["device_map"] = {"": str(self._device)}  # such layers are made on the device they stay on
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(artifact_dir),
                 dtype=dtype,
@@ -75,11 +78,7 @@ class TransformersEngine:
                 f"transformers {transformers.__version__} cannot load {artifact_dir}: {type(error).__name__}: {error}"
             ) from error
         self._model.eval()
-        self._quantized: QuantizedLayers | None = None
-        if quantized_by == _BITSANDBYTES:
-            from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
-
-            self._quantized = QuantizedLayers(self._model, dtype)
+        self._quantized: QuantizedLayers | None = QuantizedLayers(self._model, dtype) if has_quantized_layers else None
         self._parameters = self._named_parameters()
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:

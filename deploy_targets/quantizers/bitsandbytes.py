@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from deploy_targets.errors import ProfileError
 from deploy_targets.quantizers.bitsandbytes_weights import SCHEMES
 from deploy_targets.quantizers.linear_layers import Structure, model_structure
 from deploy_targets.quantizers.model_files import is_ignored, is_tied_copy, read_config, unmatched_ignores, write_model_files
-from deploy_targets.quiet_bitsandbytes import bitsandbytes
 
 if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
@@ -29,9 +27,8 @@ class BitsAndBytesQuantizer:
     def __init__(self, scheme: SchemeSpec, model_config: Mapping[str, Any]) -> None:
         """Take name, `group_size` and `ignore` (absent: `lm_head`) from the scheme.
 
-        Raises `ProfileError` with everything in the scheme that this quantizer cannot do, and `ModuleNotFoundError` without bitsandbytes.
+        Raises `ProfileError` with everything in the scheme that this quantizer cannot do.
         """
-        bitsandbytes()
         made = SCHEMES.get(scheme.name)
         if made is None:
             wrong = [f"scheme.name: {' and '.join(SCHEMES)} are made here (got {scheme.name!r})"]
@@ -65,7 +62,6 @@ class BitsAndBytesQuantizer:
                 f"{_some(renamed)}: transformers renames or fuses {len(renamed)} tensors of this model family while loading, so that they "
                 "cannot be quantized one by one; choose a family that is stored as it is run"
             )
-        kept = self._kept(structure)
         for name, shape in shapes.items():
             module = name.removesuffix(".weight")
             if not self.quantizes(name) or name not in structure.tensors or is_tied_copy(name, self._model_config):
@@ -74,9 +70,6 @@ class BitsAndBytesQuantizer:
                 found.append(f"{name} {list(shape)}: transformers does not run it as a linear layer; add {module!r} to scheme.ignore")
                 continue
             found += [f"{name} {list(shape)}: {problem}" for problem in self._weights.shape_problems(shape)]
-            also = [other for other in kept if _skips(other, module)]
-            if also:
-                found.append(f"{name}: transformers takes the ignored {also[0]!r} for the beginning of its name; add {module!r} as well")
         return found
 
     def quantizes(self, name: str) -> bool:
@@ -115,11 +108,6 @@ class BitsAndBytesQuantizer:
     def _kept(self, structure: Structure) -> list[str]:
         """The linear layers that stay in bf16, by name: what transformers has to skip."""
         return sorted(name for name in structure.linears if not self.quantizes(f"{name}.weight"))
-
-
-def _skips(pattern: str, module: str) -> bool:
-    """Whether transformers, told to skip `pattern`, also skips `module` (`should_convert_module` in quantizers_utils.py)."""
-    return re.match(pattern, module) is not None or module.endswith(pattern)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deploy_targets.quiet_bitsandbytes import functional
+from deploy_targets.quiet_bitsandbytes import bitsandbytes
 
 if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
@@ -60,12 +60,13 @@ class Nf4Weights:
 
     def decode(self, weight: torch.Tensor) -> torch.Tensor:
         """Quantile times absmax, rounded to bf16."""
-        return functional().dequantize_4bit(*self._quantize(weight)).to(weight.dtype)
+        made: torch.Tensor = bitsandbytes.functional.dequantize_4bit(*self._quantize(weight))
+        return made.to(weight.dtype)
 
     def _quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
         # From bf16, whatever the learner keeps: the absmax of a block is then a bf16 number, and no reader that rounds it changes it.
         rows = weight.detach().to(torch.bfloat16).contiguous()
-        values, state = functional().quantize_4bit(rows, blocksize=self.block_size, compress_statistics=False, quant_type="nf4")
+        values, state = bitsandbytes.functional.quantize_4bit(rows, blocksize=self.block_size, compress_statistics=False, quant_type="nf4")
         return values, state
 
     def arguments(self) -> Mapping[str, Any]:
@@ -109,12 +110,13 @@ class LlmInt8Weights:
 
     def decode(self, weight: torch.Tensor) -> torch.Tensor:
         """INT8 value times absmax / 127; the rounding of the activations is the engine's own and is not in it."""
-        return functional().int8_vectorwise_dequant(*self._quantize(weight)).to(weight.dtype)
+        made: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(*self._quantize(weight))
+        return made.to(weight.dtype)
 
     def _quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Through float16, as transformers' own quantization of a bf16 checkpoint has it.
         rows = weight.detach().to(torch.bfloat16).to(torch.float16).contiguous()
-        values, absmax, _ = functional().int8_vectorwise_quant(rows)
+        values, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(rows)
         return values, absmax
 
     def arguments(self) -> Mapping[str, Any]:
