@@ -25,6 +25,7 @@ ENGINES = {
     "vllm": "deploy_targets.engines.vllm:VllmEngine",
 }
 QUANTIZERS = {
+    "bitsandbytes": "deploy_targets.quantizers.bitsandbytes:BitsAndBytesQuantizer",
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",

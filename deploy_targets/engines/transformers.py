@@ -1,11 +1,12 @@
-"""The high-fidelity reference: a Hugging Face model run by transformers in eager PyTorch, no quantization."""
+"""A Hugging Face model run by transformers in eager PyTorch: the high-fidelity reference, or with layers of bitsandbytes."""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from deploy_targets.engines.requests import (
 )
 from deploy_targets.errors import EngineError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+
+if TYPE_CHECKING:
+    from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
+
+_BITSANDBYTES = "bitsandbytes"
 
 
 class TransformersOptions(EngineOptions):
@@ -50,23 +56,33 @@ class TransformersEngine:
         self.weight_version = weight_version
         device = self._options.device
         self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        dtype = getattr(torch, self._options.dtype)
+        has_quantized_layers = _quantized_by(artifact_dir) == _BITSANDBYTES
+        placing: dict[str, Any] = {}
         try:
+            if has_quantized_layers:
+                # Before transformers imports bitsandbytes, so that it is imported quietly.
+                from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
+
+                placing["device_map"] = {"": str(self._device)}  # such layers are made on the device they stay on
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(artifact_dir),
-                dtype=getattr(torch, self._options.dtype),
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                **placing,
             ).to(self._device)
         except Exception as error:
             raise EngineError(
                 f"transformers {transformers.__version__} cannot load {artifact_dir}: {type(error).__name__}: {error}"
             ) from error
         self._model.eval()
+        self._quantized: QuantizedLayers | None = QuantizedLayers(self._model, dtype) if has_quantized_layers else None
         self._parameters = self._named_parameters()
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:
-        """The parameter behind every name in the weights file; a file that transformers renames while loading is refused."""
+        """The parameter behind every name in the weights file, but for quantized layers; a file that transformers renames is refused."""
         state = self._model.state_dict(keep_vars=True)
         unknown = [name for name in self._layout if name not in state]
         if unknown:
@@ -74,15 +90,19 @@ class TransformersEngine:
                 f"transformers holds these tensors under other names or in other shapes, so they cannot be updated in place: "
                 f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}. Use a model family that is stored as it is run"
             )
-        return {name: state[name] for name in self._layout}
+        return {name: state[name] for name in self._layout if self._quantized is None or not self._quantized.owns(name)}
 
     def update(self, weights: WeightFile) -> int:
-        """Copy the file into the model's parameters; names, shapes and dtypes are checked before."""
+        """Copy the file into the model's parameters, and into new ones for quantized layers; everything is checked before."""
         self._open_model()
         check_layout(self._layout, weights.path)
+        tensors = load_file(weights.path)
+        install = None if self._quantized is None else self._quantized.prepare(tensors)
         with torch.no_grad():
-            for name, tensor in load_file(weights.path).items():
-                self._parameters[name].copy_(tensor)
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
+        if install is not None:
+            install()
         self.weight_version = weights.weight_version
         return self.weight_version
 
@@ -185,6 +205,12 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model."""
-        self._model = None
+        self._model = self._quantized = None
         self._parameters = {}
         gc.collect()
+
+
+def _quantized_by(artifact_dir: Path) -> str | None:
+    """The `quant_method` that the folder's config.json names."""
+    quantization = json.loads((artifact_dir / "config.json").read_text("utf-8")).get("quantization_config")
+    return None if quantization is None else str(quantization.get("quant_method"))

@@ -33,10 +33,14 @@ LOGP_TOLERANCE_NATS = {
     "int4-vllm": 0.1,
     "int4-vllm-fp8kv": 0.2,
     "int4-onnx": 1e-3,
+    "nf4-transformers": 0.1,
+    "int8-transformers": 0.2,
 }
 """How far two ways of computing the same log-prob may differ (decode or prefill, one or many): bf16 against float32 arithmetic.
 
-FP8 activations are coarse enough for a rounding difference of bf16 to move one to the next FP8 value.
+FP8 activations are coarse enough for a rounding difference of bf16 to move one to the next FP8 value. So are the INT8
+activations of LLM.int8(): after one that moved, later layers round differently too, and two computations differ by about as
+much (0.01 nats in the mean here) as either differs from one without rounding. That is why the reference does not repeat it.
 """
 
 

@@ -33,7 +33,7 @@ from tests.contract.targets import (
     reference_logps,
 )
 
-FAMILIES = {"fake", "bf16-transformers", "fp8-vllm", "int4-vllm", "int4-onnx"}
+FAMILIES = {"fake", "bf16-transformers", "nf4-transformers", "fp8-vllm", "int4-vllm", "int4-onnx"}
 """One or two targets of each family; scripts/test_targets.sh holds the rest against the same tests."""
 
 
