@@ -26,6 +26,7 @@ ENGINES = {
 QUANTIZERS = {
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
+    "onnx-float": "deploy_targets.quantizers.onnx_float:OnnxFloatQuantizer",
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",
 }
 
