@@ -28,6 +28,7 @@ QUANTIZERS = {
     "bitsandbytes": "deploy_targets.quantizers.bitsandbytes:BitsAndBytesQuantizer",
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
+    "onnx-float": "deploy_targets.quantizers.onnx_float:OnnxFloatQuantizer",
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer
+from deploy_targets.engines.onnx_options import needs_nvidia_gpu, options_problems
 from deploy_targets.engines.requests import parse_options
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
@@ -37,7 +38,8 @@ Learners that take the head's product as the logits, and engines each in their o
 def check_target(profile: TargetProfile) -> list[str]:
     """Why the target cannot run on this machine, one line each; empty when it can.
 
-    Looks at names, packages and devices without importing an engine: importing some of them takes many seconds.
+    Looks at names, packages and devices without importing an engine: importing some of them takes many seconds. ONNX Runtime alone
+    is asked for its execution providers where the target needs another one than the CPU's.
     """
     reasons = []
     engines = {*ENGINES, *(point.name for point in entry_points(group="deploy_targets.engines"))}
@@ -48,7 +50,8 @@ def check_target(profile: TargetProfile) -> list[str]:
         extra = extra_of(profile)
         fix = f"; install it with: pip install 'hetero-rl[{extra}]'" if extra else ""
         reasons.append(f"package {', '.join(repr(package) for package in missing)} is not installed{fix}")
-    asks_cuda = "cpu" not in profile.hardware.devices or str(profile.engine.options.get("device", "")).startswith("cuda")
+    options = profile.engine.options
+    asks_cuda = "cpu" not in profile.hardware.devices or str(options.get("device", "")).startswith("cuda") or needs_nvidia_gpu(options)
     if asks_cuda and not find_gpus():
         reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
     memory_gib, found_gib = profile.hardware.memory_gib, gpu_memory_gib()
@@ -58,6 +61,8 @@ def check_target(profile: TargetProfile) -> list[str]:
     missing_features = sorted(set(profile.hardware.cpu_features) - set(describe_machine().cpu_features))
     if missing_features and not find_gpus():
         reasons.append(f"its kernels need a CPU with {', '.join(missing_features)}, or a GPU; this machine has neither")
+    if profile.engine.name == "onnxruntime":
+        reasons += options_problems(options)
     return reasons
 
 

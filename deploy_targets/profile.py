@@ -33,11 +33,19 @@ class SchemeSpec(_Table):
     """Input channels that share one scale; None where the scheme has no groups."""
     symmetric: bool = True
     """Whether the grid is symmetric around zero (no zero points)."""
+    provider: Literal["cpu", "cuda"] | None = None
+    """For ONNX schemes: the execution provider that the graph is made for, which the engine's must be; `cpu` by default."""
     ignore: tuple[str, ...] | None = None
     """Modules kept in high precision, as exact names or regular expressions after `re:` (llm-compressor's notation).
 
     Absent, the quantizer has its own default (compressed-tensors: `lm_head`); an empty list keeps nothing.
     """
+
+    @model_validator(mode="after")
+    def _provider_is_for_onnx(self) -> SchemeSpec:
+        if self.provider is not None and not self.quantizer.startswith("onnx-"):
+            raise ValueError(f"provider has no effect with quantizer {self.quantizer!r}; leave it out")
+        return self
 
     @field_validator("ignore")
     @classmethod
@@ -128,6 +136,16 @@ class TargetProfile(_Table):
     """Bounds of `verify-deploy`."""
     constraint: dict[str, Any] = Field(default_factory=dict)
     """Recommended `[constraint]` table for runs against this target; the user's config wins over it."""
+
+    @model_validator(mode="after")
+    def _graph_is_made_for_its_provider(self) -> TargetProfile:
+        # A graph for CPUs has attention in float32, which CUDA would leave to the CPU without a word; one for CUDA names it to genai.
+        served_by = self.engine.options.get("execution_provider", "CPUExecutionProvider")
+        on_cuda = served_by == "CUDAExecutionProvider"
+        if self.engine.name == "onnxruntime" and on_cuda != (self.scheme.provider == "cuda"):
+            fix = "set it to 'cuda'" if on_cuda else "leave it out"
+            raise ValueError(f"scheme.provider is {self.scheme.provider!r} for execution_provider {served_by!r} of the engine: {fix}")
+        return self
 
 
 def parse_profile(text: str, source: str) -> TargetProfile:

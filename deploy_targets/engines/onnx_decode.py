@@ -56,18 +56,20 @@ def pick_tokens(
 class _Loop:
     """Inputs and outputs of the single-token step, whose first rows are the live ones.
 
-    Past and present are bound to the same memory, so GroupQueryAttention appends in place. The attention mask is as wide
-    as the cache from the start: the operator takes each row's length from its sum, and a step that changes no shape binds
-    nothing anew.
+    `in_place`, past and present are bound to the same memory, so GroupQueryAttention appends in place. The attention mask is
+    as wide as the cache from the start: the operator takes each row's length from its sum, and a step that changes no shape
+    binds nothing anew. That is right on the CPU alone: for a device, ONNX Runtime copies an input when it is bound, and what
+    is written to the memory later does not arrive. Otherwise inputs are handed over, and the cache comes back, at every step.
     """
 
-    def __init__(self, graph: Graph, session: ort.InferenceSession, num_rows: int, width: int) -> None:
-        self.graph, self.session = graph, session
+    def __init__(self, graph: Graph, session: ort.InferenceSession, num_rows: int, width: int, in_place: bool) -> None:
+        self.graph, self.session, self.in_place = graph, session, in_place
+        self.dtype = graph.cache_dtype(session)
         self.run_options = ort.RunOptions()
         self.ids = np.zeros((num_rows, 1), np.int64)
-        self.logits = np.empty((num_rows, 1, graph.vocab_size), np.float32)
+        self.logits = np.empty((num_rows, 1, graph.vocab_size), self.dtype)
         self.mask = np.zeros((num_rows, width), np.int64)
-        self.cache = [np.zeros((num_rows, graph.num_kv_heads, width, graph.head_dim), np.float32) for _ in graph.past_names]
+        self.cache = [np.zeros((num_rows, graph.num_kv_heads, width, graph.head_dim), self.dtype) for _ in graph.past_names]
         self.binding: Any = None
         self.num_bound = -1
 
@@ -76,7 +78,7 @@ class _Loop:
         used = self.mask.shape[1]
         self.mask = np.pad(self.mask[:num_live], ((0, 0), (0, width - used)))
         for i, narrow in enumerate(self.cache):
-            self.cache[i] = np.zeros((num_live, *narrow.shape[1:2], width, narrow.shape[3]), np.float32)
+            self.cache[i] = np.zeros((num_live, *narrow.shape[1:2], width, narrow.shape[3]), self.dtype)
             self.cache[i][:, :, :used] = narrow[:num_live]
         self.num_bound = -1
 
@@ -87,22 +89,30 @@ class _Loop:
         self.mask[holes] = self.mask[movers]
 
     def step(self, num_live: int) -> NDArray[np.float32]:
-        """Logits [num_live, vocab] after one more token in each live row."""
+        """Logits float32 [num_live, vocab], free to be overwritten, after one more token in each live row."""
+        if not self.in_place:
+            return self._step_by_copies(num_live)
         if num_live != self.num_bound:
             self.binding = self._bind(num_live)
             self.num_bound = num_live
         self.session.run_with_iobinding(self.binding, self.run_options)
-        return self.logits[:num_live, 0]
+        return self.logits[:num_live, 0].astype(np.float32, copy=False)
+
+    def _step_by_copies(self, num_live: int) -> NDArray[np.float32]:
+        past = {name: array[:num_live] for name, array in zip(self.graph.past_names, self.cache, strict=True)}
+        feed = {"input_ids": self.ids[:num_live], "attention_mask": self.mask[:num_live], **past}
+        logits, *self.cache = self.session.run(["logits", *self.graph.present_names], feed)
+        return logits[:, 0].astype(np.float32, copy=False)  # type: ignore[no-any-return]
 
     def _bind(self, num_live: int) -> Any:
         binding = self.session.io_binding()
         for name, tokens in (("input_ids", self.ids), ("attention_mask", self.mask)):
             binding.bind_input(name, "cpu", 0, np.int64, (num_live, *tokens.shape[1:]), tokens.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, (num_live, *self.logits.shape[1:]), self.logits.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, self.dtype, (num_live, *self.logits.shape[1:]), self.logits.ctypes.data)
         for past, present, array in zip(self.graph.past_names, self.graph.present_names, self.cache, strict=True):
             shape = (num_live, *array.shape[1:])
-            binding.bind_input(past, "cpu", 0, np.float32, shape, array.ctypes.data)
-            binding.bind_output(present, "cpu", 0, np.float32, shape, array.ctypes.data)
+            binding.bind_input(past, "cpu", 0, self.dtype, shape, array.ctypes.data)
+            binding.bind_output(present, "cpu", 0, self.dtype, shape, array.ctypes.data)
         return binding
 
 
@@ -114,10 +124,12 @@ def sample_batch(
     uniforms: NDArray[np.float64],
     max_model_len: int,
     prefill_tokens: int,
+    in_place: bool,
 ) -> Draws:
     """Sample one response per prompt; equal neighbours share their prefill.
 
     `uniforms` [num_prompts, max_tokens] decide the draws. A pass of the prefill holds at most `prefill_tokens` tokens or one prompt.
+    `in_place` lets the operators write into the cache where it lies, for sessions on the CPU alone.
     """
     num_rows = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -128,7 +140,7 @@ def sample_batch(
         np.zeros(num_rows, np.int64),
     )
     widest, longest = int((lengths + budgets).max()), int(lengths.max())
-    loop = _Loop(graph, session, num_rows, min(widest, longest + _FIRST_ROOM))
+    loop = _Loop(graph, session, num_rows, min(widest, longest + _FIRST_ROOM), in_place)
     logits = _fill(loop, prompts, lengths, prefill_tokens)
     stops = np.array(sampling.stop_token_ids, np.int64)
     rows = np.arange(num_rows)  # which prompt each live row of the loop serves

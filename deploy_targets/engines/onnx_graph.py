@@ -24,6 +24,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
 }
+_CACHE_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +80,32 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             options.add_external_initializers(list(values), list(values.values()))
-            return ort.InferenceSession(str(self.path), options, providers=[provider]), values
+            session = ort.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception
             raise EngineError(f"onnxruntime cannot serve {weights}: {error}") from error
+        if provider not in session.get_providers():
+            # onnxruntime only logs that a provider's libraries did not load, and goes on with the CPU.
+            raise EngineError(f"onnxruntime could not start {provider} and fell back to the CPU; install its libraries (CUDA, cuDNN)")
+        return session, values
 
-    def prefill(self, session: ort.InferenceSession, rows: Sequence[Sequence[int]], with_cache: bool) -> list[NDArray[np.float32]]:
+    def cache_dtype(self, session: ort.InferenceSession) -> np.dtype[Any]:
+        """The type of keys, values and logits in the graph of `session`: float32 or float16."""
+        found = {value.name: value.type for value in session.get_inputs()}[self.past_names[0]]
+        return _CACHE_DTYPES[found]
+
+    def prefill(self, session: ort.InferenceSession, rows: Sequence[Sequence[int]], with_cache: bool) -> list[NDArray[np.floating[Any]]]:
         """One pass over `rows` of token ids, padded on the right, where GroupQueryAttention is exact (on the left it is not).
 
-        Returns logits float32 [num_rows, max_len, vocab], then (with `with_cache`) keys and values of each layer, float32
-        [num_rows, num_kv_heads, max_len, head_dim]; entries beyond a row's length are noise.
+        Returns logits [num_rows, max_len, vocab], then (with `with_cache`) keys and values of each layer
+        [num_rows, num_kv_heads, max_len, head_dim], all of `cache_dtype`; entries beyond a row's length are noise.
         """
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]
         ids = np.zeros(mask.shape, np.int64)
         ids[mask] = np.concatenate([np.asarray(row, np.int64) for row in rows])
-        empty = np.zeros((len(rows), self.num_kv_heads, 0, self.head_dim), np.float32)
+        empty = np.zeros((len(rows), self.num_kv_heads, 0, self.head_dim), self.cache_dtype(session))
         feed = {"input_ids": ids, "attention_mask": mask.astype(np.int64), **dict.fromkeys(self.past_names, empty)}
-        outputs: list[NDArray[np.float32]] = session.run(["logits", *(self.present_names if with_cache else ())], feed)
+        outputs: list[NDArray[np.floating[Any]]] = session.run(["logits", *(self.present_names if with_cache else ())], feed)
         return outputs
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import Field
 
 from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.onnx_decode import Draws, chunks_by_tokens, sample_batch
 from deploy_targets.engines.onnx_graph import Graph
-from deploy_targets.engines.requests import EngineOptions, check_sequences, parse_options, response_limits
+from deploy_targets.engines.onnx_options import CPU_PROVIDER, OnnxRuntimeOptions, provider_problem
+from deploy_targets.engines.requests import check_sequences, parse_options, response_limits
 from deploy_targets.errors import EngineError, ProfileError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
@@ -29,31 +29,15 @@ _TOKENS_PER_PASS = 2048
 """Tokens of one prefill or scoring pass: more only fall out of the caches."""
 
 
-class OnnxRuntimeOptions(EngineOptions):
-    """The `[engine.options]` table of an ONNX target."""
-
-    num_threads: int | None = Field(None, ge=1)
-    """Cores to use; all that this process may use by default."""
-    threads_per_batch: int = Field(1, ge=1)
-    """Cores that share one batch. More than one pays where there are more cores than full batches, or for single requests."""
-    max_batch_size: int = Field(128, ge=1)
-    """Rows of one batch; there are num_threads / threads_per_batch batches at a time."""
-    execution_provider: str = "CPUExecutionProvider"
-    """ONNX Runtime's name of the provider; the cache lies in host memory."""
-
-
 class OnnxRuntimeEngine:
-    """One graph, one version of its weights, served from host memory."""
+    """One graph, one version of its weights; the key-value cache lies in host memory."""
 
     def __init__(self, artifact_dir: Path, options: dict[str, Any], weight_version: int) -> None:
         """Open the artifact. Raises `ProfileError` for bad options, `ArtifactError` or `EngineError` for a bad artifact."""
         self.options = parse_options(OnnxRuntimeOptions, options, "onnxruntime")
         known = ort.get_available_providers()
         if self.options.execution_provider not in known:
-            raise ProfileError(
-                f"execution_provider {self.options.execution_provider!r} is not in this build of onnxruntime",
-                [f"available: {', '.join(known)}"],
-            )
+            raise ProfileError("onnxruntime cannot run this target here", [provider_problem(self.options.execution_provider, known)])
         self.graph = Graph.of(Path(artifact_dir))
         self._max_model_len = min(self.options.max_model_len, self.graph.context_length)
         num_threads = self.options.num_threads or num_usable_cores()
@@ -89,7 +73,8 @@ class OnnxRuntimeEngine:
         def draw(part: NDArray[np.int64]) -> Draws:
             rows = [keys[i] for i in part]
             limits = (self._max_model_len, self._tokens_per_pass())
-            return sample_batch(self.graph, self._session, rows, sampling, uniforms[part], *limits)
+            in_place = self.options.execution_provider == CPU_PROVIDER
+            return sample_batch(self.graph, self._session, rows, sampling, uniforms[part], *limits, in_place=in_place)
 
         found: dict[int, Generation] = {}
         for part, draws in zip(batches, self._map(draw, batches), strict=True):
@@ -128,9 +113,9 @@ class OnnxRuntimeEngine:
             self._pool.shutdown()
             del self._session, self._weights
 
-    def _scores(self, logits: NDArray[np.float32], sequence: TokenSequence, temperature: float) -> TokenScores:
+    def _scores(self, logits: NDArray[np.floating[Any]], sequence: TokenSequence, temperature: float) -> TokenScores:
         responses = np.asarray(sequence.tokens[sequence.prompt_len :])
-        scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1]
+        scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1].astype(np.float32, copy=False)
         greedy = scaled.argmax(axis=1).astype(np.int32)
         with np.errstate(invalid="ignore"):  # a non-finite logit becomes a NaN log-prob
             scaled = (scaled - scaled.max(axis=1, keepdims=True)) / temperature

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deploy_targets.errors import EngineError, MissingPackageError
 from deploy_targets.types import WEIGHTS_FILE
@@ -27,7 +29,46 @@ AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=
 """
 
 
-def scaffold(model_dir: Path, out_dir: Path, group_size: int, accuracy_level: int, excluded_nodes: list[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class BlockOptions:
+    """How the builder quantizes MatMul to MatMulNBits."""
+
+    bits: int
+    group_size: int
+    accuracy_level: int
+    """0 leaves it to the provider."""
+    excluded_nodes: tuple[str, ...] = ()
+    """The builder's names of the nodes that stay in floating point."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """Which graph the builder shall make."""
+
+    dtype: Literal["float32", "float16"]
+    """Of activations, key-value cache and all weights that are not quantized."""
+    provider: Literal["cpu", "cuda"]
+    """Where onnxruntime-genai shall run the folder."""
+    blocks: BlockOptions | None = None
+
+    @property
+    def layout(self) -> Literal["cpu", "cuda"]:
+        """The builder's `-e`: it makes GroupQueryAttention in float32 for cpu and in float16 for cuda alone, and CPUs run both."""
+        return "cpu" if self.dtype == "float32" else "cuda"
+
+    def builder_options(self) -> list[str]:
+        """The builder's command-line options, but for its paths."""
+        precision = f"int{self.blocks.bits}" if self.blocks else "fp32" if self.dtype == "float32" else "fp16"
+        # CPUs have no attention that normalises q and k by itself; a separate node runs everywhere.
+        extra = ["fuse_qk_norm_gqa=false"]
+        if self.blocks:
+            extra += [f"accuracy_level={self.blocks.accuracy_level}", f"block_size={self.blocks.group_size}"]
+            if self.blocks.excluded_nodes:
+                extra.append("nodes_to_exclude=" + ",".join(self.blocks.excluded_nodes))
+        return ["-p", precision, "-e", self.layout, "--extra_options", *extra]
+
+
+def scaffold(model_dir: Path, out_dir: Path, spec: GraphSpec) -> None:
     """Write `model.onnx`, `genai_config.json` and the tokenizer files of `model_dir` into `out_dir`, which holds the weights file.
 
     The builder reads weights of its own accord; where `model_dir` has none, random ones stand in, as only the graph is
@@ -46,16 +87,22 @@ def scaffold(model_dir: Path, out_dir: Path, group_size: int, accuracy_level: in
                 if file.is_file() and not (source / file.name).exists():
                     shutil.copy(file, source)
         built = Path(folder) / "built"
-        options = [f"accuracy_level={accuracy_level}", f"block_size={group_size}"]
-        if excluded_nodes:
-            options.append("nodes_to_exclude=" + ",".join(excluded_nodes))
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         paths = ["-m", str(source.resolve()), "-o", str(built), "-c", str(Path(folder) / "cache")]
-        _run([*builder, *paths, "--extra_options", *options], "the onnxruntime-genai builder")
-        _write_graph(built / GRAPH_FILE, out_dir, group_size, accuracy_level)
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        _run([*builder, *paths, *spec.builder_options()], "the onnxruntime-genai builder")
+        _write_graph(built / GRAPH_FILE, out_dir, spec)
         for file in built.iterdir():
             if not file.name.startswith(GRAPH_FILE):
                 shutil.copy(file, out_dir)
+        if spec.provider == "cpu":
+            _drop_providers(out_dir / "genai_config.json")
+
+
+def _drop_providers(path: Path) -> None:
+    """Let onnxruntime-genai run the folder on the CPU, also where the layout is that of another provider."""
+    config = json.loads(path.read_text("utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    path.write_text(json.dumps(config, indent=4) + "\n", "utf-8")
 
 
 def _run(command: list[str], what: str) -> None:
@@ -67,15 +114,15 @@ def _run(command: list[str], what: str) -> None:
         raise EngineError(f"{what} failed with exit code {done.returncode}. Its last lines:\n{last}")
 
 
-def _write_graph(built: Path, out_dir: Path, group_size: int, accuracy_level: int) -> None:
+def _write_graph(built: Path, out_dir: Path, spec: GraphSpec) -> None:
     """Copy the graph `built` to `out_dir`, its weights turned into references into `out_dir`'s safetensors file."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor
 
     model = onnx.load(str(built), load_external_data=False)
     layout = tensor_layout(out_dir / WEIGHTS_FILE)
-    dtypes = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.UINT8: "U8"}
-    problems = _option_problems(model, group_size, accuracy_level)
+    dtypes = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.UINT8: "U8"}
+    problems = _option_problems(model, spec)
     for tensor in model.graph.initializer:
         if tensor.name in _CACHES:
             load_external_data_for_tensor(tensor, str(built.parent))
@@ -98,14 +145,19 @@ def _write_graph(built: Path, out_dir: Path, group_size: int, accuracy_level: in
     onnx.save(model, str(out_dir / GRAPH_FILE))
 
 
-def _option_problems(model: Any, group_size: int, accuracy_level: int) -> list[str]:
-    """Builder options that the graph does not show: the builder drops names it does not know without a word."""
+def _option_problems(model: Any, spec: GraphSpec) -> list[str]:
+    """Builder options that the weights do not show: the builder drops names it does not know without a word."""
     problems = []
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            found = {attribute.name: attribute.i for attribute in node.attribute}
-            if (found["block_size"], found.get("accuracy_level", 0)) != (group_size, accuracy_level):
-                problems.append(f"{node.name}: {found} instead of block_size {group_size} and accuracy_level {accuracy_level}")
+        found = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "MatMulNBits" and spec.blocks:
+            wanted = {"bits": spec.blocks.bits, "block_size": spec.blocks.group_size, "accuracy_level": spec.blocks.accuracy_level}
+            if wanted != {name: found.get(name, 0) for name in wanted}:
+                problems.append(f"{node.name}: {found} instead of {wanted}")
+        if node.op_type == "GroupQueryAttention" and "qk_norm_epsilon" in found:
+            problems.append(f"{node.name}: normalises q and k, which CPUs cannot run")
+    if not any(node.op_type == "GroupQueryAttention" for node in model.graph.node):
+        problems.append("the graph has no GroupQueryAttention, which the engine's batches and cache are made for")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The MatMulNBits quantizer against the model builder that everyone deploys with, and against ONNX Runtime's own kernels."""
+"""The ONNX quantizers against the model builder that everyone deploys with, and against ONNX Runtime's own kernels."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ import pytest
 import torch
 
 from deploy_targets.errors import EngineError, PreflightError, WeightsError
-from deploy_targets.quantizers.onnx_matmulnbits import dequantize_blocks, pack_blocks, quantize_blocks
+from deploy_targets.profile import SchemeSpec
+from deploy_targets.quantizers.onnx_blocks import dequantize_blocks, pack_blocks, quantize_blocks
+from deploy_targets.quantizers.onnx_float import OnnxFloatQuantizer
+from deploy_targets.quantizers.onnx_matmulnbits import OnnxMatMulNBitsQuantizer
 from deploy_targets.types import WEIGHTS_FILE
 from deploy_targets.weights_file import tensor_layout, write_weights
 from tests.conftest import TinyModels
-from tests.onnx_artifacts import builder_initializers, checkpoint, quantizer
+from tests.onnx_artifacts import builder_initializers, checkpoint, quantizer, scheme
 
 HEAD_NODES = "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+IGNORED = ("lm_head", r"re:.*layers\.0\.self_attn\.[qkv]_proj", "model.layers.1.mlp.down_proj")
+IGNORED_NODES = HEAD_NODES + ",/model/layers.0/attn/qkv_proj/MatMul,/model/layers.1/mlp/down_proj/MatMul"
+TIED = {"tied": True}
 VARIANTS: list[Any] = [
-    pytest.param("qwen3", {}, {"group_size": 32}, ["block_size=32"], id="qwen3"),
-    pytest.param("qwen3", {"tied": True}, {"group_size": 64}, ["block_size=64"], id="qwen3-tied"),
-    pytest.param("qwen2", {}, {"group_size": 32}, ["block_size=32"], id="qwen2-biases"),
-    pytest.param("llama", {}, {"group_size": 128}, ["block_size=128"], id="llama"),
-    pytest.param(
-        "qwen3",
-        {"tied": True},
-        {"ignore": ("lm_head", r"re:.*layers\.0\.self_attn\.[qkv]_proj", "model.layers.1.mlp.down_proj")},
-        [HEAD_NODES + ",/model/layers.0/attn/qkv_proj/MatMul,/model/layers.1/mlp/down_proj/MatMul"],
-        id="ignored-modules",
-    ),
+    pytest.param("qwen3", {}, {}, ["int4", "cpu", "block_size=32"], id="int4-qwen3"),
+    pytest.param("qwen3", TIED, {"group_size": 64}, ["int4", "cpu", "block_size=64"], id="int4-qwen3-tied"),
+    pytest.param("qwen2", {}, {}, ["int4", "cpu", "block_size=32"], id="int4-qwen2-biases"),
+    pytest.param("llama", {}, {"group_size": 128}, ["int4", "cpu", "block_size=128"], id="int4-llama"),
+    pytest.param("qwen3", TIED, {"ignore": IGNORED}, ["int4", "cpu", IGNORED_NODES], id="int4-ignored-modules"),
+    pytest.param("qwen3", {}, {"name": "W8A16"}, ["int8", "cpu", "block_size=32"], id="int8-qwen3"),
+    pytest.param("qwen2", TIED, {"name": "W8A16", "group_size": 16}, ["int8", "cpu", "block_size=16", HEAD_NODES], id="int8-qwen2-tied"),
+    pytest.param("qwen2", TIED, {"name": "FP32"}, ["fp32", "cpu"], id="fp32-qwen2-tied"),
+    pytest.param("llama", {}, {"name": "FP16"}, ["fp16", "cuda"], id="fp16-llama"),
+    pytest.param("qwen2", TIED, {"name": "FP16"}, ["fp16", "cuda"], id="fp16-qwen2-tied"),
+    pytest.param("qwen3", TIED, {"provider": "cuda"}, ["int4", "cuda", "block_size=32"], id="int4-cuda-qwen3-tied"),
+    pytest.param("qwen2", {}, {"name": "W8A16", "provider": "cuda"}, ["int8", "cuda", "block_size=32"], id="int8-cuda-qwen2"),
 ]
 
 
@@ -43,7 +50,8 @@ def test_initializers_are_the_builders_bit_for_bit(
     builder_options: list[str],
 ) -> None:
     model_dir = tiny_models(family, **model_options)
-    wanted = builder_initializers(model_dir, tmp_path / "built", *builder_options)
+    precision, provider, *extra = builder_options
+    wanted = builder_initializers(model_dir, tmp_path / "built", precision, provider, *extra)
     found = {name: tensor.numpy() for name, tensor in quantizer(model_dir, **scheme_options).quantize(checkpoint(model_dir).items())}
     assert sorted(found) == sorted(wanted)
     for name, array in wanted.items():
@@ -52,67 +60,93 @@ def test_initializers_are_the_builders_bit_for_bit(
         assert found[name].tobytes() == array.tobytes(), name
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_codes_and_scales_equal_mlas(group_size: int, dtype: torch.dtype) -> None:
-    """Ties, zeros, constants, blocks of one sign and tiny magnitudes included."""
-    from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+@pytest.mark.parametrize(
+    ("rounded_to", "stored"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_codes_and_scales_equal_mlas(bits: int, group_size: int, rounded_to: torch.dtype, stored: torch.dtype) -> None:
+    """Ties, zeros, constants, blocks of one sign, tiny and subnormal magnitudes included."""
+    from onnxruntime.capi import _pybind_state as mlas
 
-    weight = (torch.randn(64, 512, generator=torch.Generator().manual_seed(group_size)) * 0.05).to(dtype)
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(group_size)) * 0.05
     weight[0], weight[1], weight[2], weight[3] = 0, 1, -1, weight[3].abs()
     weight[4, ::2], weight[4, 1::2] = 1, -1
-    weight[5] *= 1e-30
+    weight[5] *= 1e-30 if stored == torch.float32 else 1e-5
     weight[6] = torch.arange(512) % 17 - 8
-    packed = np.zeros((64, 512 // group_size, group_size // 2), np.uint8)
-    scales = np.zeros((64, 512 // group_size), np.float32)
-    zeros = np.zeros((64, (512 // group_size + 1) // 2), np.uint8)
-    quantize_matmul_4bits(packed, np.ascontiguousarray(weight.float().numpy().T), scales, zeros, group_size, 64, 512, True)
-    codes, own_scales = quantize_blocks(weight, group_size)
+    weight[7] = torch.arange(512) % 257 - 128
+    weight[8] *= 1e-4
+    weight = weight.to(rounded_to).to(stored)
+    num_groups = 512 // group_size
+    packed = np.zeros((64, num_groups, group_size * bits // 8), np.uint8)
+    scales = np.zeros((64, num_groups), weight.numpy().dtype)
+    zeros = np.zeros((64, (num_groups * bits + 7) // 8), np.uint8)
+    quantize = mlas.quantize_matmul_4bits if bits == 4 else mlas.quantize_matmul_8bits
+    quantize(packed, np.ascontiguousarray(weight.numpy().T), scales, zeros, group_size, 64, 512, True)
+    codes, own_scales = quantize_blocks(weight, group_size, bits)
     assert own_scales.numpy().tobytes() == scales.tobytes()
-    assert pack_blocks(codes).numpy().tobytes() == packed.tobytes()
+    assert pack_blocks(codes, bits).numpy().tobytes() == packed.tobytes()
 
 
-def test_dequantized_is_what_the_runtime_computes_with(tmp_path: Path) -> None:
-    """ONNX Runtime itself unpacks the bytes, through GatherBlockQuantized, which MatMulNBits shares its layout with."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantized_is_what_the_runtime_computes_with(bits: int) -> None:
+    """ONNX Runtime itself multiplies the bytes with the unit matrix."""
     from onnx import TensorProto, helper
 
-    codes, scales = quantize_blocks(torch.randn(48, 128, generator=torch.Generator().manual_seed(1)).bfloat16(), 32)
-    node = helper.make_node(
-        "GatherBlockQuantized", ["data", "rows", "scales"], ["out"], domain="com.microsoft", bits=4, block_size=32, quantize_axis=1
-    )
-    inputs = [("data", TensorProto.UINT8, [48, 64]), ("rows", TensorProto.INT64, [48]), ("scales", TensorProto.FLOAT, [48, 4])]
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info(*i) for i in inputs],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [48, 128])],
-    )
+    codes, scales = quantize_blocks(torch.randn(48, 128, generator=torch.Generator().manual_seed(1)), 32, bits)
+    attributes = {"bits": bits, "block_size": 32, "K": 128, "N": 48, "accuracy_level": 1}
+    node = helper.make_node("MatMulNBits", ["in", "codes", "scales"], ["out"], domain="com.microsoft", **attributes)
+    real, byte = TensorProto.FLOAT, TensorProto.UINT8
+    inputs = [("in", real, [128, 128]), ("codes", byte, [48, 4, 4 * bits]), ("scales", real, [48, 4])]
+    outputs = [helper.make_tensor_value_info("out", real, [128, 48])]
+    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info(*i) for i in inputs], outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     session = ort.InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
-    feed = {"data": pack_blocks(codes).flatten(1).numpy(), "rows": np.arange(48), "scales": scales.numpy()}
+    feed = {"in": np.eye(128, dtype=np.float32), "codes": pack_blocks(codes, bits).numpy(), "scales": scales.numpy()}
     (unpacked,) = session.run(None, feed)
-    np.testing.assert_array_equal(dequantize_blocks(codes, scales).numpy(), unpacked)
+    np.testing.assert_array_equal(dequantize_blocks(codes, scales, bits).numpy(), unpacked.T)
 
 
-def test_dequantized_keeps_shape_and_dtype_and_spares_what_is_not_quantized(tiny_models: TinyModels) -> None:
+@pytest.mark.parametrize(("options", "steps"), [({}, 8), ({"name": "W8A16"}, 128), ({"provider": "cuda"}, 8)])
+def test_dequantized_keeps_shape_and_dtype_and_spares_what_is_not_quantized(
+    tiny_models: TinyModels, options: dict[str, str], steps: int
+) -> None:
     model_dir = tiny_models("qwen3")
-    weights, maker = checkpoint(model_dir), quantizer(model_dir)
-    linear = weights["model.layers.0.mlp.up_proj.weight"]
+    weights, maker = checkpoint(model_dir), quantizer(model_dir, **options)
+    linear = weights["model.layers.0.mlp.up_proj.weight"].float()
     rounded = maker.dequantized("model.layers.0.mlp.up_proj.weight", linear)
     assert (rounded.dtype, rounded.shape) == (linear.dtype, linear.shape)
     assert not torch.equal(rounded, linear)
-    step = linear.float().abs().reshape(len(linear), -1, 32).amax(-1, keepdim=True) / 8
-    # Half a step, a whole one where the code for +8 is missing, and bfloat16's own rounding.
-    assert ((rounded.float() - linear.float()).abs().reshape(len(linear), -1, 32) <= 1.05 * step).all()
+    step = linear.abs().reshape(len(linear), -1, 32).amax(-1, keepdim=True) / steps
+    # Half a step, a whole one where the code for the opposite extreme is missing, and float16's rounding of the scale.
+    assert ((rounded - linear).abs().reshape(len(linear), -1, 32) <= 1.05 * step).all()
+    assert maker.dequantized("model.layers.0.mlp.up_proj.weight", linear.bfloat16()).dtype == torch.bfloat16
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_norm.weight"):
         assert not maker.quantizes(name)
         assert maker.dequantized(name, weights[name]) is weights[name]
 
 
-def test_a_tied_embedding_is_quantized_with_the_head(tiny_models: TinyModels) -> None:
-    model_dir = tiny_models("qwen3", tied=True)
-    assert quantizer(model_dir).quantizes("model.embed_tokens.weight")
-    assert not quantizer(model_dir, ignore=("lm_head",)).quantizes("model.embed_tokens.weight")
+@pytest.mark.parametrize("name", ["FP32", "FP16"])
+def test_floating_point_schemes_quantize_nothing_and_hold_bf16_exactly(tiny_models: TinyModels, name: str) -> None:
+    model_dir = tiny_models("qwen2", tied=True)
+    maker = quantizer(model_dir, name=name)
+    for key, weight in checkpoint(model_dir).items():
+        assert not maker.quantizes(key)
+        normal = weight.abs() > 6.2e-5  # below, float16 is coarser than bf16
+        assert torch.equal(maker.dequantized(key, weight)[normal], weight[normal])
+    third = torch.tensor([[1 / 3]])
+    assert torch.equal(maker.dequantized("lm_head.weight", third), third.half().float() if name == "FP16" else third)
+
+
+@pytest.mark.parametrize("options", [{"name": "FP16"}, {"provider": "cuda"}])
+def test_a_value_beyond_float16_is_named(tiny_models: TinyModels, options: dict[str, str]) -> None:
+    model_dir = tiny_models("qwen3")
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        weights = checkpoint(model_dir)
+        weights[name].view(-1)[3] = 70000
+        with pytest.raises(WeightsError, match=rf"{name}.* holds 70144, more than float16's largest value"):
+            list(quantizer(model_dir, **options).quantize(weights.items()))
+        assert list(quantizer(model_dir).quantize(weights.items()))
 
 
 def test_streaming_is_deterministic_and_order_of_the_packed_parts_does_not_matter(tiny_models: TinyModels) -> None:
@@ -155,14 +189,31 @@ def test_layers_that_the_builder_would_take_for_the_head_are_named(tiny_models: 
     assert all("output size 36 is the size of the vocabulary" in line for line in lines)
 
 
-def test_an_unsupported_model_or_scheme_is_refused_with_every_reason(tiny_models: TinyModels) -> None:
-    from deploy_targets.profile import SchemeSpec
-    from deploy_targets.quantizers.onnx_matmulnbits import OnnxMatMulNBitsQuantizer
-
-    scheme = SchemeSpec(quantizer="onnx-matmulnbits", name="W8A16", bits=8, group_size=48, symmetric=False)
+def test_an_unsupported_model_or_scheme_is_refused_with_every_reason() -> None:
+    model = {"model_type": "gemma3", "use_sliding_window": True}
+    wrong = SchemeSpec(quantizer="onnx-matmulnbits", name="W8A16", bits=4, group_size=48, symmetric=False)
     with pytest.raises(PreflightError) as caught:
-        OnnxMatMulNBitsQuantizer(scheme, {"model_type": "gemma3", "use_sliding_window": True})
-    assert len(caught.value.offenders) == 6
+        OnnxMatMulNBitsQuantizer(wrong, model)
+    assert len(caught.value.offenders) == 5
+    with pytest.raises(PreflightError, match="bits must be 4 or 8, got 3"):
+        OnnxMatMulNBitsQuantizer(wrong.model_copy(update={"bits": 3}), model)
+    wrong = SchemeSpec(quantizer="onnx-float", name="FP16", bits=32, group_size=32, provider="cuda")
+    with pytest.raises(PreflightError) as caught:
+        OnnxFloatQuantizer(wrong, model)
+    assert len(caught.value.offenders) == 5
+    with pytest.raises(PreflightError, match="no attention in float32"):
+        OnnxFloatQuantizer(SchemeSpec(quantizer="onnx-float", name="FP32", bits=32, provider="cuda"), {"model_type": "llama"})
+    with pytest.raises(PreflightError, match=r"'W4A8' is not one of W4A16 \(4 bits on cuda\)"):
+        OnnxMatMulNBitsQuantizer(scheme("W4A8", provider="cuda"), {"model_type": "llama"})
+
+
+def test_a_tied_head_of_8_bits_stays_in_floating_point(tiny_models: TinyModels) -> None:
+    """The builder would store a quantized head beside a float embedding: two matrices where the learner has one."""
+    model_dir = tiny_models("qwen3", tied=True)
+    assert not quantizer(model_dir, name="W8A16").quantizes("model.embed_tokens.weight")
+    assert quantizer(tiny_models("qwen3"), name="W8A16").quantizes("lm_head.weight")
+    with pytest.raises(PreflightError, match=r"scheme\.ignore must name 'lm_head'"):
+        quantizer(model_dir, name="W8A16", ignore=("model.layers.0.mlp.up_proj",))
 
 
 def test_missing_packed_parts_and_unknown_tensors_are_errors(tiny_models: TinyModels) -> None:
