@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from deploy_targets.hardware import describe_machine, package_versions
@@ -40,7 +41,7 @@ def check_table(name: str | None) -> tuple[Table, bool]:
     for profile in profiles:
         reasons = check_target(profile)
         all_runnable &= not reasons
-        table.add_row(profile.name, "[red]no[/red]" if reasons else "[green]yes[/green]", "\n".join(reasons) or "-")
+        table.add_row(profile.name, "[red]no[/red]" if reasons else "[green]yes[/green]", escape("\n".join(reasons)) or "-")
     return table, all_runnable
 
 
