@@ -94,8 +94,8 @@ print(json.dumps([int(t) for t in generator.get_sequence(0)]))
     engine.close()
 
 
-@pytest.mark.parametrize(("bits", "most"), [(4, 0.2), (8, 0.2)])
-def test_activations_rounded_to_int8_stay_close(tiny_models: TinyModels, tmp_path: Path, bits: int, most: float) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_rounded_to_int8_stay_close(tiny_models: TinyModels, tmp_path: Path, bits: int) -> None:
     """A8 is the builder's default: other numbers than A16, near them, from the same bytes of weights."""
     model_dir = tiny_models("qwen3", weight_std=0.1)
     exact, rounded = (
@@ -103,7 +103,7 @@ def test_activations_rounded_to_int8_stay_close(tiny_models: TinyModels, tmp_pat
     )
     probes = [g.sequence for g in exact.generate([PROMPT, PROMPT[:3]] * 3, Sampling(40, 1.0))]
     gaps = np.concatenate([np.abs(a.logps - b.logps) for a, b in zip(exact.score(probes), rounded.score(probes), strict=True)])
-    assert 1e-4 < gaps.mean() < most
+    assert 1e-4 < gaps.mean() < 0.2
     exact.close()
     rounded.close()
 
@@ -167,13 +167,11 @@ def test_options_that_the_engine_would_refuse_are_refused_before() -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "reason"),
     [
-        ("int4-onnx-cuda", 'provider = "cuda"', "", "set it to 'cuda'"),
+        ("int4-onnx-cuda", '\nprovider = "cuda"', "", "set it to 'cuda'"),
         ("int4-onnx", "symmetric = true", 'symmetric = true\nprovider = "cuda"', "leave it out"),
         ("int4-vllm", "[scheme]", '[scheme]\nprovider = "cpu"', "provider has no effect with quantizer 'compressed-tensors'"),
     ],
 )
 def test_a_graph_for_another_provider_than_the_engines_is_refused(name: str, old: str, new: str, reason: str) -> None:
     with pytest.raises(ProfileError, match=reason):
-        parse_profile(
-            profile_text(name).replace(old, new, 1) if name != "int4-onnx-cuda" else profile_text(name).replace("\n" + old, ""), "x"
-        )
+        parse_profile(profile_text(name).replace(old, new, 1), "mine.toml")
