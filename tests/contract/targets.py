@@ -38,6 +38,8 @@ LOGP_TOLERANCE_NATS = {
 
 FP8 activations are coarse enough for a rounding difference of bf16 to move one to the next FP8 value.
 """
+BF16_TOLERANCE_NATS = 0.1
+"""The same for targets that --target names and the table does not."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target:
 
     @property
     def tolerance(self) -> float:
-        return LOGP_TOLERANCE_NATS[self.profile.name]
+        return LOGP_TOLERANCE_NATS.get(self.profile.name, BF16_TOLERANCE_NATS)
 
     def open(self, weight_version: int = 1) -> Engine:
         return open_engine(self.profile, self.folder, weight_version)
