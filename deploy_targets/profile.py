@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deploy_targets.errors import ListedError, PlugInError, ProfileError, UnknownNameError, UsageError
+from deploy_targets.errors import PlugInError, ProfileError, UnknownNameError, UsageError
 from deploy_targets.plugins import PlugIn, find_plugins
 
 
@@ -203,11 +203,11 @@ def _plugin_profile(plugin: PlugIn) -> TargetProfile:
     text, file = plugin.text(), f"{plugin.name}.toml"
     try:
         profile = parse_profile(text, file)
-        wrong = [] if profile.name == plugin.name else [f"name: {profile.name!r} is not that of the entry point and the file"]
+        wrong = "" if profile.name == plugin.name else f"{file} has name = {profile.name!r}, which must be the entry point's and the file's"
     except UsageError as error:
-        wrong = list(error.offenders) if isinstance(error, ListedError) else [str(error)]
+        wrong = "; ".join(line.lstrip(" -") for line in str(error).splitlines())
     if wrong:
-        raise PlugInError("profile", plugin.name, f"package {plugin.package!r}: {file}: {'; '.join(wrong)}")
+        raise PlugInError("profile", plugin.name, f"package {plugin.package!r}: {wrong}")
     return profile
 
 

@@ -16,7 +16,7 @@ from deploy_targets.quantizers.model_files import is_tied_copy, read_config, wri
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
 
-SCALE = "_scale"
+SCALE, TYPE_PREFIX = "_scale", "int8-rows-"
 
 
 def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +57,9 @@ class Int8RowsQuantizer:
         return (values * scale).to(weight.dtype)
 
     def scaffold(self, model_dir: Path, out_dir: Path) -> None:
-        # Other readers stop at the unknown method, where they would take the int8 values for weights.
-        write_model_files(model_dir, out_dir, read_config(model_dir) | {"quantization_config": {"quant_method": "int8-rows"}})
+        config = read_config(model_dir)
+        # Other readers stop at the unknown type, where they would take the int8 values for the weights.
+        write_model_files(model_dir, out_dir, config | {"model_type": TYPE_PREFIX + config["model_type"]})
 
 
 class Int8RowsEngine:
@@ -67,7 +68,8 @@ class Int8RowsEngine:
     def __init__(self, artifact_dir: Path, options: Mapping[str, Any], weight_version: int) -> None:
         self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
         self._folder = tempfile.TemporaryDirectory(prefix="int8-rows-")
-        config = {key: value for key, value in read_config(artifact_dir).items() if key != "quantization_config"}
+        config = read_config(artifact_dir)
+        config["model_type"] = config["model_type"].removeprefix(TYPE_PREFIX)
         write_model_files(artifact_dir, Path(self._folder.name), config)
         self._engine = TransformersEngine(self._as_floats(artifact_dir / WEIGHTS_FILE).parent, options, weight_version)
         self.weight_version = weight_version
