@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from deploy_targets.errors import MissingPackageError, UnknownNameError
+from deploy_targets.errors import MissingPackageError, PlugInError, UnknownNameError, UsageError
 from deploy_targets.hardware import find_gpus
+from deploy_targets.plugins import PlugIn, find_plugins
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine, Quantizer
 
@@ -33,9 +32,27 @@ QUANTIZERS = {
 }
 
 
-def _known(kind: str, shipped: Mapping[str, str]) -> dict[str, str]:
-    found = {point.name: point.value for point in entry_points(group=f"deploy_targets.{kind}s")}
-    return {**found, **shipped}
+def _find(kind: Literal["engine", "quantizer"], name: str) -> str | PlugIn:
+    """`module:Class` of what is shipped, or the plug-in. Raises `UnknownNameError` or `PlugInError`."""
+    shipped = ENGINES if kind == "engine" else QUANTIZERS
+    plugins, reasons = find_plugins(kind, shipped)
+    if name in reasons:
+        raise PlugInError(kind, name, reasons[name])
+    if name in shipped:
+        return shipped[name]
+    if name not in plugins:
+        raise UnknownNameError(kind, name, {*shipped, *plugins})
+    return plugins[name]
+
+
+def name_problems(kind: Literal["engine", "quantizer"], name: str) -> list[str]:
+    """Why nothing can be loaded under this name: one line, or none. Imports at most the package of a plug-in, never its module."""
+    try:
+        found = _find(kind, name)
+    except UsageError as error:
+        return [str(error)]
+    problem = found.problem() if isinstance(found, PlugIn) else None
+    return [f"{kind} {name!r}: {problem}"] if problem else []
 
 
 def extra_of(profile: TargetProfile) -> str:
@@ -44,15 +61,15 @@ def extra_of(profile: TargetProfile) -> str:
     return hardware.cpu_extra if hardware.cpu_extra and not find_gpus() else hardware.extra
 
 
-def resolve(kind: str, name: str, extra: str) -> Any:
-    """The class registered as `name`; `kind` is `engine` or `quantizer`.
+def resolve(kind: Literal["engine", "quantizer"], name: str, extra: str) -> Any:
+    """The class registered as `name`.
 
-    Raises `UnknownNameError` (lists the known) or `MissingPackageError` (names the pip `extra`).
+    Raises `UnknownNameError` (lists the known), `MissingPackageError` (names the pip `extra`) or `PlugInError` (names the package).
     """
-    known = _known(kind, ENGINES if kind == "engine" else QUANTIZERS)
-    if name not in known:
-        raise UnknownNameError(kind, name, known)
-    module, _, attribute = known[name].partition(":")
+    found = _find(kind, name)
+    if isinstance(found, PlugIn):
+        return found.load()
+    module, _, attribute = found.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

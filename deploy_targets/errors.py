@@ -5,6 +5,7 @@
     │   ├── UnknownNameError                    a name nobody registered: lists the known, suggests the nearest
     │   ├── MissingPackageError                 a package that is not installed: names the extra
     │   ├── ProfileError                        a profile or config that does not validate: lists every offender
+    │   │   └── PlugInError                     an installed plug-in that cannot be used: names the package
     │   └── PreflightError                      model x scheme x engine x hardware do not fit: lists every offender
     ├── ArtifactError                  exit 1   an artifact that is damaged, tampered with or incomplete: names the file
     ├── WeightsError                   exit 1   weights that must not reach an engine (non-finite): names the tensor
@@ -68,6 +69,15 @@ class ListedError(UsageError):
 
 class ProfileError(ListedError):
     """A profile or config that does not validate."""
+
+
+class PlugInError(ProfileError):
+    """A name that installed plug-ins contend for, or that stands for something which does not load."""
+
+    def __init__(self, kind: str, name: str, reason: str) -> None:
+        """`kind` is profile, engine or quantizer, `name` the one asked for; `reason` names the package."""
+        summary = f"the {'target' if kind == 'profile' else kind} {name!r} cannot be used"
+        super().__init__(summary, [reason], "Repair, rename or uninstall that package; nothing else is affected")
 
 
 class PreflightError(ListedError):

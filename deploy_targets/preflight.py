@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from deploy_targets.artifact import checked_layout
-from deploy_targets.catalog import ENGINES, extra_of, make_quantizer
+from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
 from deploy_targets.engines.onnx_options import needs_nvidia_gpu, options_problems
 from deploy_targets.engines.requests import parse_options
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
-from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UnknownNameError, UsageError
+from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
 from deploy_targets.hardware import describe_machine, find_gpus, gpu_memory_gib
 from deploy_targets.memory import memory_offenders
 from deploy_targets.profile import TargetProfile
@@ -41,10 +40,7 @@ def check_target(profile: TargetProfile) -> list[str]:
     Looks at names, packages and devices without importing an engine: importing some of them takes many seconds. ONNX Runtime alone
     is asked for its execution providers where the target needs another one than the CPU's.
     """
-    reasons = []
-    engines = {*ENGINES, *(point.name for point in entry_points(group="deploy_targets.engines"))}
-    if profile.engine.name not in engines:
-        reasons.append(str(UnknownNameError("engine", profile.engine.name, engines)))
+    reasons = name_problems("engine", profile.engine.name) + name_problems("quantizer", profile.scheme.quantizer)
     missing = [package for package in profile.hardware.packages if not _is_installed(package)]
     if missing:
         extra = extra_of(profile)
@@ -185,6 +181,12 @@ def _length_offenders(profile: TargetProfile, config: Mapping[str, Any], num_tok
 
 def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], temperature: float | None) -> list[str]:
     """Pairs of model and engine that are known not to run."""
+    if profile.engine.name not in ENGINES and profile.engine.process == "shared":
+        # It is imported in this process anyway; better before anything has started.
+        try:
+            resolve("engine", profile.engine.name, extra_of(profile))
+        except ListedError as error:
+            return list(error.offenders)
     if profile.engine.name != "vllm":
         return []
     offenders = []

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib import resources
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deploy_targets.errors import ProfileError, UnknownNameError, UsageError
-
-_GROUP = "deploy_targets.profiles"
+from deploy_targets.errors import PlugInError, ProfileError, UnknownNameError, UsageError
+from deploy_targets.plugins import PlugIn, find_plugins
 
 
 class _Table(BaseModel):
@@ -193,38 +191,59 @@ def validation_lines(error: ValidationError) -> list[str]:
     return lines
 
 
-def _profile_texts() -> dict[str, str]:
-    """Target name -> TOML text of `deploy_targets/profiles/` and of installed plug-ins.
-
-    A plug-in lists `NAME = "package"` under the entry-point group `deploy_targets.profiles` and has `NAME.toml` in that package.
-    Raises `ProfileError` for plug-ins whose names are taken.
-    """
-    texts = {
+def _shipped_texts() -> dict[str, str]:
+    """Target name -> TOML text of `deploy_targets/profiles/`."""
+    return {
         file.name.removesuffix(".toml"): file.read_text("utf-8")
-        for file in (resources.files("deploy_targets") / "profiles").iterdir()
+        for file in sorted((resources.files("deploy_targets") / "profiles").iterdir(), key=lambda file: file.name)
         if file.name.endswith(".toml")
     }
-    taken = []
-    for point in sorted(entry_points(group=_GROUP), key=lambda point: (point.name, point.value)):
-        if point.name in texts:
-            taken.append(f"{point.name!r} of {point.dist.name if point.dist else point.value}")
-        else:
-            texts[point.name] = (resources.files(point.value) / f"{point.name}.toml").read_text("utf-8")
-    if taken:
-        raise ProfileError("installed plug-ins bring targets whose names are taken", taken, "Rename them there, or uninstall the plug-in")
-    return dict(sorted(texts.items()))
+
+
+def find_targets() -> tuple[dict[str, TargetProfile], dict[str, str]]:
+    """Every target that has a name, and name -> why it cannot be used, which only plug-ins can cause.
+
+    A plug-in lists `NAME = "package"` under the entry-point group `deploy_targets.profiles` and has `NAME.toml` in that package.
+    """
+    texts = _shipped_texts()
+    plugins, reasons = find_plugins("profile", texts)
+    profiles = {name: parse_profile(text, f"{name}.toml") for name, text in texts.items() if name not in reasons}
+    for name, plugin in plugins.items():
+        try:
+            profiles[name] = _plugin_profile(plugin)
+        except PlugInError as error:
+            reasons[name] = error.offenders[0]
+    return dict(sorted(profiles.items())), reasons
+
+
+def _plugin_profile(plugin: PlugIn) -> TargetProfile:
+    """The profile of a plug-in. Raises `PlugInError` for a file that is missing, does not validate or has another name in it."""
+    text, file = plugin.text(), f"{plugin.name}.toml"
+    try:
+        profile = parse_profile(text, file)
+        wrong = "" if profile.name == plugin.name else f"{file} has name = {profile.name!r}, which must be the entry point's and the file's"
+    except UsageError as error:
+        wrong = "; ".join(line.lstrip(" -") for line in str(error).splitlines())
+    if wrong:
+        raise PlugInError("profile", plugin.name, f"package {plugin.package!r}: {wrong}")
+    return profile
 
 
 def shipped_profiles() -> dict[str, TargetProfile]:
-    """Every target that has a name: those of `deploy_targets/profiles/` and of installed plug-ins."""
-    return {name: parse_profile(text, f"{name}.toml") for name, text in _profile_texts().items()}
+    """Every target that can be used by its name: those of `deploy_targets/profiles/` and of installed plug-ins."""
+    return find_targets()[0]
 
 
 def profile_text(name: str) -> str:
-    """The TOML file of a target that has a name, to be copied. Raises `UnknownNameError`."""
-    texts = _profile_texts()
+    """The TOML file of a target that has a name, to be copied. Raises `UnknownNameError` or, for a broken plug-in, `PlugInError`."""
+    texts = _shipped_texts()
+    plugins, reasons = find_plugins("profile", texts)
+    if name in reasons:
+        raise PlugInError("profile", name, reasons[name])
+    if name in plugins:
+        return plugins[name].text()
     if name not in texts:
-        raise UnknownNameError("target", name, texts)
+        raise UnknownNameError("target", name, {*texts, *plugins})
     return texts[name]
 
 
@@ -232,16 +251,17 @@ def load_profile(name_or_path: str) -> TargetProfile:
     """A target by name, or the user's own by the path of its TOML file.
 
     Raises `UnknownNameError` for an unknown name, `ProfileError` for a file that does not validate or that has
-    the name of another target.
+    the name of another target, `PlugInError` for a name that plug-ins made unusable.
     """
     if not name_or_path.endswith(".toml"):
-        return parse_profile(profile_text(name_or_path), f"{name_or_path}.toml")
+        plugin = find_plugins("profile", _shipped_texts())[0].get(name_or_path)
+        return _plugin_profile(plugin) if plugin else parse_profile(profile_text(name_or_path), f"{name_or_path}.toml")
     path = Path(name_or_path)
     if not path.is_file():
         raise UsageError(f"target profile {path} does not exist; give a TOML file or one of the names in `hetero-rl targets list`")
     profile = parse_profile(path.read_text("utf-8"), str(path))
     # An artifact, a report and a gate would pass for those of the other target.
-    if profile.name in _profile_texts() and profile != load_profile(profile.name):
+    if profile != shipped_profiles().get(profile.name, profile):
         taken = [f"name: {profile.name!r} is taken"]
         raise ProfileError(f"{path} differs from the target whose name it has", taken, "Give it a name of its own")
     return profile

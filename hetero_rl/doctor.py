@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deploy_targets.hardware import describe_machine, package_versions
 from deploy_targets.preflight import check_target
-from deploy_targets.profile import load_profile, shipped_profiles
+from deploy_targets.profile import find_targets, load_profile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,26 +22,29 @@ PACKAGES = (
 
 
 def targets_table() -> Table:
-    """Name, scheme, engine and description of every shipped target."""
+    """Name, scheme, engine and description of every target that has a name; last, what broken plug-ins bring, with the reason."""
     table = Table(box=None, pad_edge=False)
     for column in ("target", "scheme", "engine", "what it is"):
         table.add_column(column, overflow="fold")
-    for profile in shipped_profiles().values():
+    profiles, unusable = find_targets()
+    for profile in profiles.values():
         table.add_row(profile.name, profile.scheme.name, profile.engine.name, profile.description)
+    for name, reason in unusable.items():
+        table.add_row(name, "-", "-", f"[red]cannot be used:[/red] {escape(reason)}")
     return table
 
 
 def check_table(name: str | None) -> tuple[Table, bool]:
     """One row per target: runnable or what it lacks. Second value: whether all of them can run."""
-    profiles = shipped_profiles().values() if name is None else [load_profile(name)]
+    profiles, unusable = find_targets() if name is None else ({name: load_profile(name)}, {})
     table = Table(box=None, pad_edge=False)
     for column in ("target", "here", "what it needs"):
         table.add_column(column, overflow="fold")
     all_runnable = True
-    for profile in profiles:
-        reasons = check_target(profile)
+    rows = {profile.name: check_target(profile) for profile in profiles.values()} | {name: [reason] for name, reason in unusable.items()}
+    for target, reasons in rows.items():
         all_runnable &= not reasons
-        table.add_row(profile.name, "[red]no[/red]" if reasons else "[green]yes[/green]", escape("\n".join(reasons)) or "-")
+        table.add_row(target, "[red]no[/red]" if reasons else "[green]yes[/green]", escape("\n".join(reasons)) or "-")
     return table, all_runnable
 
 

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the docs: docs/metrics.md (from `hetero_rl.metrics`) and docs/config.md (from `hetero_rl.config`).
+"""Writes the generated parts of the docs: docs/metrics.md, docs/config.md, and the tables of docs/targets.md between their markers.
 
 python scripts/make_docs.py            write them
 python scripts/make_docs.py --check    exit 1 when they are out of date
@@ -14,17 +14,20 @@ from types import ModuleType
 
 from pydantic import BaseModel
 
+import deploy_targets.profile
 import hetero_rl.config
 import hetero_rl.tasks.config
+from deploy_targets.profile import TargetProfile, load_profile
 from hetero_rl.config import RunConfig
 from hetero_rl.metrics import glossary
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 
 
 def main() -> int:
-    pages = {"metrics.md": metrics_reference(), "config.md": config_reference()}
+    pages = {"metrics.md": metrics_reference(), "config.md": config_reference(), "targets.md": targets_page()}
     stale = [name for name, text in pages.items() if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != text]
     if "--check" in sys.argv[1:]:
         print("\n".join(f"docs/{name} is out of date: run scripts/make_docs.py" for name in stale) or "docs are up to date")
@@ -58,11 +61,55 @@ def config_reference() -> str:
             assert isinstance(field.annotation, type)
             tables.append((name, field.annotation))
     for title, model in tables:
-        lines += ["", f"## [{title}]", "", "| key | default | what it is |", "| --- | --- | --- |"]
-        for key, field in model.model_fields.items():
-            default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-            lines.append(f"| `{key}` | {default} | {_doc(docs, model, key)} |")
+        lines += ["", f"## [{title}]", "", *_table_of(model, docs)]
     return "\n".join(lines) + "\n"
+
+
+def targets_page() -> str:
+    """docs/targets.md with its tables made anew."""
+    page = (DOCS / "targets.md").read_text("utf-8")
+    for name, lines in {"targets": shipped_targets(), "profile": profile_reference()}.items():
+        begin, end = f"<!-- {name}: made by scripts/make_docs.py -->\n", f"<!-- end of {name} -->\n"
+        before, found, rest = page.partition(begin)
+        _, also_found, after = rest.partition(end)
+        if not (found and also_found):
+            raise SystemExit(f"docs/targets.md has lost the markers of {name!r}; put them back")
+        page = before + begin + "\n".join(["", *lines, "", end]) + after
+    return page
+
+
+def shipped_targets() -> list[str]:
+    """One row for each file of deploy_targets/profiles; the plug-ins of this machine are left out."""
+    lines = ["| target | scheme | engine | publish | what it is |", "| --- | --- | --- | --- | --- |"]
+    for file in sorted((ROOT / "deploy_targets" / "profiles").glob("*.toml"), key=lambda file: file.stem):
+        target = load_profile(file.stem)
+        lines.append(f"| `{target.name}` | {target.scheme.name} | {target.engine.name} | {target.engine.publish} | {target.description} |")
+    return lines
+
+
+def profile_reference() -> list[str]:
+    """One table for each table of a profile."""
+    docs = _field_docs(deploy_targets.profile)
+    lines = ["### Top level", "", *_table_of(TargetProfile, docs)]
+    for name, field in TargetProfile.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"### [{name}]", "", *_table_of(field.annotation, docs)]
+    return lines
+
+
+def _table_of(model: type[BaseModel], docs: dict[tuple[str, str], str]) -> list[str]:
+    lines = ["| key | default | what it is |", "| --- | --- | --- |"]
+    for key, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = f"`{_plain(default)}`"
+        if field.is_required():
+            shown = "required"
+        elif isinstance(default, BaseModel):
+            shown = "see its table"
+        elif default in ("", (), {}):
+            shown = "empty"
+        lines.append(f"| `{key}` | {shown} | {_doc(docs, model, key)} |")
+    return lines
 
 
 def _plain(value: object) -> str:

@@ -15,9 +15,20 @@ from tests.models import Family, tiny_model
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
 # Hooks that pytest finds here by their names.
-__all__ = ["TinyModels", "pytest_make_collect_report", "pytest_runtest_makereport", "tiny_models"]
+__all__ = ["TinyModels", "pytest_addoption", "pytest_make_collect_report", "pytest_runtest_makereport", "tiny_models"]
 
 TinyModels = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here and not in tests/contract: pytest asks only the files that it reads before its command line."""
+    parser.addoption(
+        "--target",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a target, by its name or the path of its TOML file, which tests/contract runs on instead of the shipped ones; repeatable",
+    )
 
 
 @pytest.fixture(scope="session")

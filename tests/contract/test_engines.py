@@ -45,7 +45,13 @@ TARGETS = [pytest.param(name, marks=marks(name)) for name in LOGP_TOLERANCE_NATS
 TEMPERATURES = [0.7, 1.0, 1.3]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for argument in ("target", "name"):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, metafunc.config.getoption("--target") or TARGETS, indirect=argument == "target", scope="module")
+
+
+@pytest.fixture(scope="module")
 def target(request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Target:
     model_dir = tiny_models("qwen3", max_position_embeddings=512)
     return make_target(request.param, model_dir, tmp_path_factory.mktemp(request.param))
@@ -284,7 +290,6 @@ def test_weights_that_are_not_finite_never_become_a_file(target: Target, tmp_pat
             assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", TARGETS)
 def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     model_dir = tiny_models("qwen2", tied=True, max_position_embeddings=512)
     target = make_target(name, model_dir, tmp_path)
