@@ -81,4 +81,3 @@ def search_scales(weights: Sequence[Tensor], gram: Tensor, served: Callable[[Ten
 def output_error(error: Tensor, gram: Tensor) -> float:
     """tr(E G E^T): the mean square length of E x over the inputs x, for `error` E float32 [out, in] and their mean `gram` [in, in]."""
     return float(((error @ gram) * error).sum(dtype=torch.float64))
-

@@ -29,7 +29,7 @@ def inverse_factor(gram: Tensor, order: Tensor | None = None) -> Tensor:
     matrix = matrix + DAMPING * mean * identity
     # With the rows and columns reversed, G = R R^T for an upper triangular R, and U = R^-1: no inverse is factorized.
     reversed_factor = torch.linalg.cholesky(matrix.flip(0, 1))
-    inverse = torch.linalg.solve_triangular(reversed_factor, identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(reversed_factor, identity, upper=False)
     return inverse.flip(0, 1).float()
 
 

@@ -52,4 +52,4 @@ def _zeros(matrix: Int4Matrix) -> Tensor:
 
 
 def _awq_ordered(values: Tensor) -> Tensor:
-    return values.unflatten(1, (-1, 8))[..., list(AWQ_ORDER)].flatten(1)
+    return values.reshape(len(values), -1, 8)[..., list(AWQ_ORDER)].flatten(1)

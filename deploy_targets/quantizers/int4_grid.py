@@ -56,23 +56,25 @@ class Int4Matrix:
         return groups.mul_(self.grid.scales.unsqueeze(-1)).view(self.values.shape).to(torch.bfloat16)
 
 
-def find_grid(weight: Tensor, rule: GridRule) -> Grid:
+def find_grid(weight: Tensor, rule: GridRule, gram: Tensor | None = None) -> Grid:
     """The grid of each group of `weight` float32 [out, in].
 
     absmax: the scale is the largest absolute value / 7.5, as llm-compressor has it (half the 15 steps of the grid); without
-    symmetry it is the range, 0 included, / 15. mse: those times the factor whose nearest values have the least square error.
-    Scales are rounded before values are found, so that these are the nearest ones on the grid that is served. A group of
-    zeros has scale 1; NaN and infinity stay what they are: that is how such weights are found out before they are published.
+    symmetry it is the range, 0 included, / 15. mse: those times the factor whose nearest values have the least square error, of
+    the weights, or, given the mean Gram matrix `gram` float32 [in, in] of the layer's inputs, of what the group adds to the output.
+    Scales are rounded before values are found, so that these are the nearest ones on the grid that is served. A group of zeros has
+    scale 1; NaN and infinity stay what they are: that is how such weights are found out before they are published.
     """
     groups = rule.groups(weight)
     low, high = torch.aminmax(groups, dim=-1)
     if rule.clip == "absmax":
         return _grid(low, high, 1.0, rule)
+    blocks = None if gram is None else _diagonal_blocks(gram, groups.shape[-1])
     best = _grid(low, high, 1.0, rule)
-    least = _square_error(groups, best)
+    least = _square_error(groups, best, blocks)
     for factor in _SHRINK:
         grid = _grid(low, high, factor, rule)
-        error = _square_error(groups, grid)
+        error = _square_error(groups, grid, blocks)
         better = error < least
         least = torch.where(better, error, least)
         best = Grid(torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros))
@@ -109,9 +111,14 @@ def _values(groups: Tensor, grid: Grid) -> Tensor:
     return (groups / grid.scales.unsqueeze(-1)).round_().add_(grid.zeros.unsqueeze(-1)).clamp_(0, _TOP)
 
 
-def _square_error(groups: Tensor, grid: Grid) -> Tensor:
-    served = _values(groups, grid).sub_(grid.zeros.unsqueeze(-1)).mul_(grid.scales.unsqueeze(-1))
-    return served.sub_(groups).square_().sum(dim=-1)
+def _square_error(groups: Tensor, grid: Grid, blocks: Tensor | None) -> Tensor:
+    error = _values(groups, grid).sub_(grid.zeros.unsqueeze(-1)).mul_(grid.scales.unsqueeze(-1)).sub_(groups)
+    return error.square_().sum(dim=-1) if blocks is None else (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(dim=-1)
+
+
+def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """[num_groups, size, size]: the Gram matrix of each group's own inputs."""
+    return torch.stack([gram[start : start + size, start : start + size] for start in range(0, len(gram), size)])
 
 
 def _storable(scales: Tensor, half: bool) -> Tensor:

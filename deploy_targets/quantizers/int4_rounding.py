@@ -1,9 +1,10 @@
-"""How the INT4 weights of a model are found, whatever file they go into: round-to-nearest, GPTQ or AWQ, and what they remember of a calibration."""
+"""How INT4 weights are found, whatever file they go into: to the nearest, by GPTQ or by AWQ, and what is kept of a calibration."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ class Int4Rounding:
         self._rounded: dict[str, tuple[bytes, Int4Matrix]] = {}
         self._multiplied: dict[str, Tensor] = {}
         self._divided: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
 
     @staticmethod
     def problems(scheme: SchemeSpec) -> list[str]:
@@ -57,7 +59,9 @@ class Int4Rounding:
         """
         for name, gram in grams.items():
             if not torch.isfinite(gram).all():
-                raise WeightsError(f"the inputs of {name!r} are not finite; nothing is published. The learner has diverged: lower learner.lr")
+                raise WeightsError(
+                    f"the inputs of {name!r} are not finite; nothing is published. The learner has diverged: lower learner.lr"
+                )
         if self.algorithm == "gptq":
             self._factorize(grams)
         elif self.algorithm == "awq":
@@ -73,7 +77,7 @@ class Int4Rounding:
             self._factors[name] = made[id(gram)]
 
     def _search(self, tensors: Iterable[tuple[str, Tensor]], grams: Mapping[str, Tensor]) -> None:
-        self._multiplied, self._divided = {}, {}
+        self._multiplied, self._divided, self._grams = {}, {}, dict(grams) if self.rule.clip == "mse" else {}
         waiting = {name: fold for fold in folds(tuple(grams)) for name in fold.consumers}
         seen: dict[str, Tensor] = {}
         rows: dict[str, int] = {}
@@ -88,9 +92,16 @@ class Int4Rounding:
                 # Heads that are shared hand one output to several inputs.
                 if rows.get(f"{fold.source}.weight", weights[0].shape[1]) != weights[0].shape[1]:
                     continue
-                scales = search_scales(weights, grams[name], lambda weight: nearest(weight, find_grid(weight, self.rule)).dequantized().float())
+                scales = search_scales(weights, grams[name], self._absmax)
                 self._multiplied.update(dict.fromkeys(fold.consumers, scales))
                 self._divided.update({f"{fold.source}.{part}": scales for part in ("weight", "bias")})
+                if self._grams:
+                    scaled = grams[name] / scales / scales.unsqueeze(-1)
+                    self._grams.update(dict.fromkeys(fold.consumers, scaled))
+
+    def _absmax(self, weight: Tensor) -> Tensor:
+        """What the grid makes of `weight`, without a search for where it ends."""
+        return nearest(weight, find_grid(weight, replace(self.rule, clip="absmax"))).dequantized().float()
 
     def folded(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` as the engine holds it before it is rounded: bf16, same shape. Powers of two move in without a rounding."""
@@ -106,7 +117,7 @@ class Int4Rounding:
         folded = self.folded(name, weight)
         if name not in self._factors:
             weight = folded.float()
-            return nearest(weight, find_grid(weight, self.rule))
+            return nearest(weight, find_grid(weight, self.rule, self._grams.get(name)))
         # A publish asks twice, for the file and for the twin, and rounding by GPTQ takes seconds.
         digest = hashlib.sha256(folded.contiguous().view(torch.uint8).cpu().numpy().data).digest()
         known, matrix = self._rounded.get(name, (b"", None))

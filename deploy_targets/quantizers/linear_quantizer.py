@@ -30,9 +30,15 @@ _FUSED = {
 class LayerWeights(Protocol):
     """The weight of one layer under one scheme."""
 
-    tile: int
-    """Input and output sizes are multiples of this."""
-    group_size: int | None
+    @property
+    def tile(self) -> int:
+        """Input and output sizes are multiples of this."""
+        ...
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels that share a scale; None: all of them."""
+        ...
 
     def encode(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything that is stored for the weight `name`."""

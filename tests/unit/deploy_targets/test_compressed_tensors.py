@@ -32,6 +32,12 @@ def quantizer(group_size: int | None = 32, ignore: tuple[str, ...] | None = None
     return CompressedTensorsQuantizer(w4a16(group_size, ignore), {"tie_word_embeddings": tied})
 
 
+def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in [-8, 7] and scales."""
+    matrix = nearest(weight.float(), find_grid(weight.float(), GridRule(group_size)))
+    return matrix.values.to(torch.int8) - 8, matrix.grid.scales
+
+
 def random_weight(rows: int = 64, columns: int = 128, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
@@ -73,7 +79,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 def test_packing_is_that_of_the_package() -> None:
     values = torch.randint(-8, 8, (48, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pack_int4(values), pack_to_int32(values, 4))
+    assert torch.equal(pack_nibbles((values + 8).to(torch.uint8)), pack_to_int32(values, 4))
 
 
 def test_float32_masters_quantize_like_their_bf16_copies() -> None:
