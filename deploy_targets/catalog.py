@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from deploy_targets.errors import MissingPackageError, PlugInError, UnknownNameError, UsageError
+from deploy_targets.errors import MissingPackageError, PlugInError, ProfileError, UnknownNameError, UsageError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.plugins import PlugIn, find_plugins
 from deploy_targets.profile import TargetProfile
-from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
 
 ENGINES = {
     "fake": "deploy_targets.engines.fake:FakeEngine",
@@ -24,6 +24,8 @@ ENGINES = {
     "vllm": "deploy_targets.engines.vllm:VllmEngine",
 }
 QUANTIZERS = {
+    "autoawq": "deploy_targets.quantizers.auto_formats:AutoAwqQuantizer",
+    "autogptq": "deploy_targets.quantizers.auto_formats:AutoGptqQuantizer",
     "bitsandbytes": "deploy_targets.quantizers.bitsandbytes:BitsAndBytesQuantizer",
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
@@ -103,7 +105,11 @@ def open_engine_here(profile: TargetProfile, artifact_dir: Path, weight_version:
 
 
 def make_quantizer(profile: TargetProfile, model_dir: Path) -> Quantizer:
-    """The profile's quantizer for the model whose `config.json` lies in `model_dir`."""
+    """The profile's quantizer for the model whose `config.json` lies in `model_dir`. Raises `ProfileError` for a scheme it cannot make."""
     quantizer_class = resolve("quantizer", profile.scheme.quantizer, extra_of(profile))
     model_config = json.loads((model_dir / "config.json").read_text("utf-8"))
-    return cast(Quantizer, quantizer_class(profile.scheme, model_config))
+    quantizer = cast(Quantizer, quantizer_class(profile.scheme, model_config))
+    if profile.scheme.int4_keys() and not isinstance(quantizer, CalibratedQuantizer):
+        reason = f"has no effect with the quantizer {profile.scheme.quantizer!r}"
+        raise ProfileError("the scheme cannot be made", [f"{key}: {reason}" for key in profile.scheme.int4_keys()])
+    return quantizer

@@ -33,6 +33,12 @@ class SchemeSpec(_Table):
     """Whether the grid is symmetric around zero (no zero points)."""
     provider: Literal["cpu", "cuda"] | None = None
     """For ONNX schemes: the execution provider that the graph is made for, which the engine's must be; `cpu` by default."""
+    algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
+    """How INT4 values are found: round-to-nearest, or by the inputs that layers see in the run's own rollouts (GPTQ, AWQ)."""
+    clip: Literal["absmax", "mse"] = "absmax"
+    """Where an INT4 grid ends: at the largest value of its group, or where the values of the group have the least square error."""
+    act_order: bool = False
+    """GPTQ quantizes input channels by falling mean square instead of in their order; groups stay where they are."""
     ignore: tuple[str, ...] | None = None
     """Modules kept in high precision, as exact names or regular expressions after `re:` (llm-compressor's notation).
 
@@ -44,6 +50,11 @@ class SchemeSpec(_Table):
         if self.provider is not None and not self.quantizer.startswith("onnx-"):
             raise ValueError(f"provider has no effect with quantizer {self.quantizer!r}; leave it out")
         return self
+
+    def int4_keys(self) -> list[str]:
+        """The keys given here that only INT4 weights in vLLM's formats have."""
+        fields = type(self).model_fields
+        return [f"scheme.{key}" for key in ("algorithm", "clip", "act_order") if getattr(self, key) != fields[key].default]
 
     @field_validator("ignore")
     @classmethod

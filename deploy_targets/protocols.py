@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -73,5 +73,24 @@ class Quantizer(Protocol):
         """Write every engine-native file except the weights into `out_dir` (config, graph, tokenizer).
 
         `out_dir` already holds the first weights file, so that a graph may point into it.
+        """
+        ...
+
+
+@runtime_checkable
+class CalibratedQuantizer(Quantizer, Protocol):
+    """A quantizer that can round by the inputs that layers see. Before its first calibration it rounds as if it saw none."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether this scheme does so; where it does not, `calibrate` changes nothing and need not be called."""
+        ...
+
+    def calibrate(self, tensors: Iterable[tuple[str, torch.Tensor]], grams: Mapping[str, torch.Tensor]) -> None:
+        """Round by `grams` from now on, in `quantize` and `dequantized`: a function of the weights, `tensors` and `grams` alone.
+
+        `tensors` are the weights of now under the names of `quantize`; `grams` is weight name -> mean of x x^T over the
+        inputs x of the layer, float32 [in, in]; layers that share their inputs may share one tensor. Layers not named are
+        rounded as before any calibration. Raises `WeightsError` for a matrix that is not finite.
         """
         ...

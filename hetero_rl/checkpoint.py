@@ -1,6 +1,6 @@
 """Checkpoints: a folder that is either whole or not there, and all that a resume needs to go on as if nothing had happened.
 
-    checkpoints/step-000050/state.json     step, multiplier, floor, probes of the proof, length of metrics.jsonl
+    checkpoints/step-000050/state.json     step, multiplier, floor, probes of the proof, calibration, length of metrics.jsonl
     checkpoints/step-000050/learner/       DeepSpeed's own files: master weights, optimizer, scheduler
 
 Nothing random needs to be stored: problems and sampling follow from (seed, step). DeepSpeed's files are pickles; they are
@@ -42,6 +42,8 @@ class LoopState:
     """Sequences that every publish is proven on."""
     reference_gap: float
     """Mean abs(dp) of the kernels alone, measured on the fresh engine."""
+    calibration: tuple[TokenSequence, ...] = ()
+    """Rollouts that the served weights are rounded by; none where the quantizer is not calibrated."""
     num_rebuilds: int = 0
     """Engines that had to be rebuilt after a failed proof."""
     compute_dtype: str = "bfloat16"
@@ -81,7 +83,8 @@ def load_state(checkpoint: Path) -> LoopState:
         raw = json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
         raw["dual"] = DualState(**raw["dual"])
         raw["floor"] = Floor(**raw["floor"])
-        raw["probes"] = tuple(TokenSequence(tuple(probe["tokens"]), probe["prompt_len"]) for probe in raw["probes"])
+        for key in ("probes", "calibration"):
+            raw[key] = tuple(TokenSequence(tuple(sequence["tokens"]), sequence["prompt_len"]) for sequence in raw.get(key, ()))
         return LoopState(**raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"checkpoint {checkpoint} is damaged ({error}); delete it to resume from the one before") from None

@@ -28,7 +28,7 @@ from hetero_rl.interrupt import interrupt_flag, saved_on_failure
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
-from hetero_rl.publish import Publisher
+from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
 from hetero_rl.rollout import accuracy, probability_gap, rewarded, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
@@ -37,7 +37,7 @@ from hetero_rl.view import View
 
 NUM_PROOF_PROBES = 16
 PROOF_RESPONSE_TOKENS = 16
-FLOOR_STEPS = 1_000_000_000
+CALIBRATION_STEP, FLOOR_STEPS = 999_999_999, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             proof_gap, version = float("nan"), state.weight_version
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
-                proof_gap = publisher.publish(version).proof_gap
+                proof_gap = publisher.publish(version, [generation.sequence for generation in generations]).proof_gap
                 snapshot = learner.snapshot() if snapshot is not None else None
             clock.lap("perf/publish_s")
 
@@ -104,6 +104,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if dual.infeasible and not state.dual.infeasible:
                 view.warn(infeasible_message(state, dual))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
+            state = replace(state, calibration=publisher.calibration)
             row = step_row(state, rollouts, update, multiplier, proof_gap)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
@@ -125,7 +126,14 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
 
 
 def measure_start(config: RunConfig, parts: Parts) -> LoopState:
-    """The floor: the engine samples some thousand tokens, the learner scores them with the very same weights."""
+    """The floor: the engine samples some thousand tokens, the learner scores them with the very same weights.
+
+    A calibrated quantizer is calibrated before that, on what the engine samples with weights rounded to nearest.
+    """
+    if parts.publisher.awaits_calibration:
+        problems = parts.task.train_problems(0, NUM_CALIBRATION_SEQUENCES)
+        sampling = seeded(parts.sampling, config.loop.seed, CALIBRATION_STEP)
+        parts.publisher.start_calibrated([g.sequence for g in sample(parts.publisher.engine, parts.task, problems, 1, sampling)])
     group_size = config.loop.samples_per_prompt
     gaps, sequences, num_tokens, batch = [], [], 0, 0
     while num_tokens < config.constraint.floor_tokens:
@@ -145,7 +153,9 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
     tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
     dtype = parts.learner.compute_dtype
-    return LoopState(0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap, compute_dtype=dtype)
+    return LoopState(
+        0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap, parts.publisher.calibration, compute_dtype=dtype
+    )
 
 
 def shortened(sequence: TokenSequence) -> TokenSequence:

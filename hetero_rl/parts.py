@@ -96,7 +96,8 @@ def assemble(
         learner.load(checkpoint)
     anew = ", and anew for every update: it cannot swap weights while it runs" if profile.engine.publish == "rebuild" else ""
     view.phase(f"starting the engine of {profile.name}{anew}")
-    publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
+    version, calibration = (0, ()) if state is None else (state.weight_version, state.calibration)
+    publisher = Publisher(learner, quantizer, profile, model_dir, serving, version, calibration)
     stack.callback(publisher.close)
     if state is not None:
         publisher.num_rebuilds = state.num_rebuilds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EngineError, ProofError
 from deploy_targets.profile import TargetProfile
-from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
 from hetero_rl.learner.deepspeed_learner import Learner
@@ -32,6 +33,9 @@ PROOF_GAP_FACTOR = 5.0
 """How far that gap may grow over the one of the freshly built engine before the update counts as failed."""
 STALE_MARGIN = 2.0
 """A twin that moved by more than this many kernel gaps must have taken the engine along."""
+
+NUM_CALIBRATION_SEQUENCES = 64
+"""Rollouts that a calibrated quantizer rounds by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,22 @@ class Publisher:
     """Owns the serving engine and the folder it serves from."""
 
     def __init__(
-        self, learner: Learner, quantizer: Quantizer, profile: TargetProfile, model_dir: Path, folder: Path, weight_version: int = 0
+        self,
+        learner: Learner,
+        quantizer: Quantizer,
+        profile: TargetProfile,
+        model_dir: Path,
+        folder: Path,
+        weight_version: int = 0,
+        calibration: Sequence[TokenSequence] = (),
     ) -> None:
-        """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them."""
+        """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them.
+
+        `calibration`: what a calibrated quantizer rounds by, in a run that goes on; a new run has nothing yet.
+        """
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
+        self._calibrated = quantizer if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_calibration else None
+        self.calibration = tuple(calibration)
         self.num_rebuilds = 0
         self.rebuilt_because = ""
         self._probes: list[TokenSequence] = []
@@ -92,6 +108,17 @@ class Publisher:
         """The sequences that every update is proven on."""
         return self._probes
 
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether the weights are rounded by nothing yet, and should be."""
+        return self._calibrated is not None and not self.calibration
+
+    def start_calibrated(self, sequences: Sequence[TokenSequence]) -> None:
+        """Serve the same version of the weights rounded by `sequences`; before anything is measured or proven. Raises `EngineError`."""
+        failure, _ = self._swap(self.engine.weight_version, sequences)
+        if failure is not None:
+            raise EngineError(failure)
+
     def calibrate(self, probes: list[TokenSequence], reference_gap: float | None = None) -> float:
         """Choose the proof's probes; the gap on the freshly built engine is the kernels' own, and the reference of later proofs.
 
@@ -108,24 +135,17 @@ class Publisher:
             )
         return self._reference_gap
 
-    def publish(self, weight_version: int) -> PublishStats:
+    def publish(self, weight_version: int, rollouts: Sequence[TokenSequence] = ()) -> PublishStats:
         """Publish the learner's weights as `weight_version`; on a failed proof rebuild the engine once, then give up.
+
+        A calibrated quantizer rounds them by some of `rollouts`, or by what it had before.
 
         Raises:
             WeightsError: a tensor holds NaN or infinity; the engine keeps serving the old version.
             ProofError: neither the updated nor the rebuilt engine serves what was published.
         """
         start = time.perf_counter()
-        pending = self.folder / f"{WEIGHTS_FILE}.next"
-        self._write(pending)
-        quantized = time.perf_counter()
-        try:
-            self.engine.update(WeightFile(pending, weight_version))
-        except EngineError as error:
-            failure: str | None = str(error)
-        else:
-            failure = None
-        os.replace(pending, self.folder / WEIGHTS_FILE)
+        failure, quantized = self._swap(weight_version, rollouts)
         swapped = time.perf_counter()
         failure = failure or self._proof_failure()
         if failure is not None:
@@ -134,11 +154,29 @@ class Publisher:
         assert self._last is not None
         return PublishStats(quantized - start, swapped - quantized, proven - swapped, self._last.gap)
 
+    def _swap(self, weight_version: int, rollouts: Sequence[TokenSequence]) -> tuple[str | None, float]:
+        """Quantize, and bring the weights into the engine. Returns why that failed, if it did, and when the file was written."""
+        if self._calibrated is not None and rollouts:
+            self.calibration = tuple(evenly(rollouts, NUM_CALIBRATION_SEQUENCES))
+        pending = self.folder / f"{WEIGHTS_FILE}.next"
+        self._write(pending)
+        quantized = time.perf_counter()
+        failure = None
+        try:
+            self.engine.update(WeightFile(pending, weight_version))
+        except EngineError as error:
+            failure = str(error)
+        os.replace(pending, self.folder / WEIGHTS_FILE)
+        return failure, quantized
+
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
 
     def _write(self, path: Path) -> None:
+        if self._calibrated is not None and self.calibration:
+            self._calibrated.calibrate(self._learner.named_tensors(), self._learner.input_grams(self.calibration))
+            self._learner.forget_twins()
         num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
         write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * num_tensors + 64)
 
@@ -203,3 +241,8 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
 def moved_apart(now: ProbeProbabilities, before: ProbeProbabilities, reference_gap: float) -> bool:
     """Whether the weights of two measurements differ by more than the kernels blur."""
     return float(np.abs(now.twin - before.twin).mean()) > STALE_MARGIN * reference_gap
+
+
+def evenly(sequences: Sequence[TokenSequence], count: int) -> Sequence[TokenSequence]:
+    """At most `count` of `sequences`, evenly spaced."""
+    return [sequences[place * len(sequences) // count] for place in range(count)] if len(sequences) > count else sequences

@@ -1,4 +1,4 @@
-"""The weights of one layer in the formats of compressed-tensors: what is stored, and what the kernels multiply with.
+"""The 8-bit weights of one layer in the formats of compressed-tensors: what is stored, and what the kernels multiply with.
 
 Format: https://github.com/vllm-project/compressed-tensors. Each class is one scheme, named as vLLM and llm-compressor write it.
 """
@@ -12,54 +12,12 @@ import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 
+from deploy_targets.quantizers.int4_packed import Int4Weights
+
 if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
 
-SCALE_DTYPE = torch.bfloat16
-_Q_MIN, _Q_MAX = -8, 7
 _FLOAT8 = torch.float8_e4m3fn
-
-
-class Int4Weights:
-    """W4A16: INT4 round-to-nearest with one bf16 scale per group of input channels, symmetric; activations as they are.
-
-    A weight [out, in] becomes `weight_packed` int32 [out, in / 8] (eight values a word, lowest bits first, stored with an
-    offset of 8), `weight_scale` bf16 [out, in / group_size] and `weight_shape` int64 [2].
-    """
-
-    bits = 4
-    tile = 32
-    """vLLM's CPU kernel takes input and output sizes in multiples of this (CPUWNA16LinearKernel.can_implement)."""
-    format: ClassVar = CompressionFormat.pack_quantized
-
-    def __init__(self, scheme: SchemeSpec) -> None:
-        """`group_size` None is one scale per output channel."""
-        self.group_size = scheme.group_size
-
-    @staticmethod
-    def problems(scheme: SchemeSpec) -> list[str]:
-        """Keys of the profile that this scheme cannot have."""
-        if scheme.group_size is not None and scheme.group_size % 2:
-            return [f"scheme.group_size: vLLM's CPU kernel wants an even group (got {scheme.group_size})"]
-        return []
-
-    def encode(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(suffix of the tensor's name, tensor) of everything that is stored for `weight`."""
-        values, scales = quantize_int4(weight, self.group_size)
-        yield "_packed", pack_int4(values)
-        yield "_scale", scales
-        yield "_shape", torch.tensor(weight.shape, dtype=torch.int64)
-
-    def decode(self, weight: torch.Tensor) -> torch.Tensor:
-        """INT4 value times bf16 scale, rounded to bf16: the matrix that the kernels multiply with."""
-        values, scales = quantize_int4(weight, self.group_size)
-        groups = values.to(SCALE_DTYPE).view(*scales.shape, -1) * scales.unsqueeze(-1)
-        return groups.view(weight.shape).to(weight.dtype)
-
-    def arguments(self) -> tuple[QuantizationArgs, QuantizationArgs | None]:
-        """What `config.json` says of weights and of activations."""
-        strategy = "channel" if self.group_size is None else "group"
-        return QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy=strategy, group_size=self.group_size), None
 
 
 class Float8Weights:
@@ -81,13 +39,13 @@ class Float8Weights:
         """Keys of the profile that this scheme cannot have."""
         return [] if scheme.group_size is None else [f"scheme.group_size: FP8 has one scale per channel (got {scheme.group_size})"]
 
-    def encode(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(suffix of the tensor's name, tensor) of everything that is stored for `weight`."""
+    def encode(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of everything that is stored for the weight `name`."""
         values, scales = quantize_float8(weight)
-        yield "", values
-        yield "_scale", scales
+        yield name, values
+        yield f"{name}_scale", scales
 
-    def decode(self, weight: torch.Tensor) -> torch.Tensor:
+    def decode(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """FP8 value times scale; the rounding of the activations is the engine's own and is not in it."""
         values, scales = quantize_float8(weight)
         return (values.float() * scales).to(weight.dtype)
@@ -121,13 +79,13 @@ class Float8BlockWeights:
         """Keys of the profile that this scheme cannot have."""
         return [] if scheme.group_size in (None, 128) else [f"scheme.group_size: the blocks are 128 x 128 (got {scheme.group_size})"]
 
-    def encode(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(suffix of the tensor's name, tensor) of everything that is stored for `weight`."""
+    def encode(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of everything that is stored for the weight `name`."""
         values, scales = quantize_float8_blocks(weight, self.tile)
-        yield "", values
-        yield "_scale", scales
+        yield name, values
+        yield f"{name}_scale", scales
 
-    def decode(self, weight: torch.Tensor) -> torch.Tensor:
+    def decode(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """FP8 value times scale; the rounding of the activations is the engine's own and is not in it."""
         values, scales = quantize_float8_blocks(weight, self.tile)
         return (values.float() * _spread(scales, self.tile)).to(weight.dtype)
@@ -160,13 +118,13 @@ class Int8Weights:
         """Keys of the profile that this scheme cannot have."""
         return [] if scheme.group_size is None else [f"scheme.group_size: W8A8 has one scale per channel (got {scheme.group_size})"]
 
-    def encode(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(suffix of the tensor's name, tensor) of everything that is stored for `weight`."""
+    def encode(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of everything that is stored for the weight `name`."""
         values, scales = quantize_int8(weight)
-        yield "", values
-        yield "_scale", scales
+        yield name, values
+        yield f"{name}_scale", scales
 
-    def decode(self, weight: torch.Tensor) -> torch.Tensor:
+    def decode(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """INT8 value times scale; the rounding of the activations is the engine's own and is not in it."""
         values, scales = quantize_int8(weight)
         return (values.float() * scales).to(weight.dtype)
@@ -186,31 +144,6 @@ SCHEMES: dict[str, type[WeightScheme]] = {
     "FP8_DYNAMIC": Float8Weights,
     "FP8_BLOCK": Float8BlockWeights,
 }
-
-
-def quantize_int4(weight: torch.Tensor, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest INT4 values of `weight` [out, in] and the scale of each group of `group_size` inputs (None: of each row).
-
-    Returns int8 [out, in] in [-8, 7] and bf16 [out, in / group_size]. The scale is absmax / 7.5, as llm-compressor has
-    it (half the 15 steps of the grid), rounded to bf16 before the values are found, so that they are the nearest ones
-    on the grid that is served. A group of zeros has scale 1.
-    """
-    groups = weight.detach().to(SCALE_DTYPE).float().view(weight.shape[0], -1, group_size or weight.shape[1])
-    low, high = torch.aminmax(groups, dim=-1)
-    scales = (torch.maximum(-low, high) / 7.5).to(SCALE_DTYPE)
-    scales = _without_zeros(scales)
-    values = (groups / scales.unsqueeze(-1).float()).round_().clamp_(_Q_MIN, _Q_MAX)
-    return values.to(torch.int8).view(weight.shape), scales
-
-
-def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Pack int8 [out, in] in [-8, 7] into int32 [out, in / 8], as `compressed_tensors.pack_to_int32` does.
-
-    Two values are joined into a byte and four bytes reinterpreted as a (little-endian) word, which needs no int32
-    temporaries and is an order of magnitude faster; equal bit for bit, which is tested.
-    """
-    nibbles = values.add(8).view(torch.uint8).contiguous()
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int32)
 
 
 def quantize_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

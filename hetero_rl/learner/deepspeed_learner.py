@@ -25,6 +25,7 @@ from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import start_engine
 from hetero_rl.learner.fake_quant import add_twin
+from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm
 from hetero_rl.learner.policy import Policy, TokenStats
 from hetero_rl.types import TrainSequence
@@ -139,8 +140,7 @@ class Learner:
                         totals[name] = totals.get(name, 0.0) + value / num_tokens
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
-        for layer in self.twins:
-            layer.forget()
+        self.forget_twins()
         num_skipped = 0 if self._engine.was_step_applied() else 1
         grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
         self._count_skips(num_skipped, grad_norm, totals["policy_loss"] + totals["constraint_cost"])
@@ -258,6 +258,15 @@ class Learner:
             else:
                 yield name, parameter.detach()
 
+    def input_grams(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        """Weight name -> mean of x x^T over the inputs of each quantized layer while the model reads `sequences`; see gram.py."""
+        return input_grams(self.policy.lm, self.twins, [sequence.tokens for sequence in sequences], self.config.tokens_per_micro_batch)
+
+    def forget_twins(self) -> None:
+        """Drop all rounded weights; due after every change of the weights or of how they are rounded."""
+        for layer in self.twins:
+            layer.forget()
+
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the bf16 weights, by parameter name."""
         return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
@@ -288,8 +297,7 @@ class Learner:
             raise UsageError(f"checkpoint {folder} holds no learner state; resume from an older checkpoint")
         _, client_state = self._engine.load_checkpoint(str(folder), tag="learner")
         self._skipped_in_a_row = int(client_state["skipped_in_a_row"])
-        for layer in self.twins:
-            layer.forget()
+        self.forget_twins()
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

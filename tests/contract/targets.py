@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.profile import TargetProfile, load_profile
-from deploy_targets.protocols import Engine, Quantizer
+from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
 from deploy_targets.quantizers.compressed_weights import quantize_float8, quantize_int8
 from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
@@ -32,6 +32,8 @@ LOGP_TOLERANCE_NATS = {
     "int8-vllm": 0.1,
     "int4-vllm": 0.1,
     "int4-vllm-fp8kv": 0.2,
+    "int4-gptq-vllm": 0.1,
+    "int4-awq-vllm": 0.1,
     "int4-onnx": 1e-3,
     "int8-onnx": 1e-3,
     "fp32-onnx": 1e-3,
@@ -89,6 +91,8 @@ def make_target(name: str, model_dir: Path, folder: Path) -> Target:
     quantizer = make_quantizer(profile, model_dir)
     first = load_file(model_dir / WEIGHTS_FILE)
     assert quantizer.offenders({name: tuple(tensor.shape) for name, tensor in first.items()}) == []
+    if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_calibration:
+        quantizer.calibrate(first.items(), uneven_grams(quantizer, first))
     generator = torch.Generator().manual_seed(1)
     second = {key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for key, tensor in first.items()}
     served, updates = folder / "served", folder / "updates"
@@ -100,6 +104,17 @@ def make_target(name: str, model_dir: Path, folder: Path) -> Target:
     (served / WEIGHTS_FILE).write_bytes(target.versions[1].read_bytes())
     quantizer.scaffold(model_dir, served)
     return target
+
+
+def uneven_grams(quantizer: Quantizer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A mean Gram matrix for every quantized weight, of inputs whose channels are of very different sizes."""
+    grams = {}
+    for name, tensor in tensors.items():
+        if quantizer.quantizes(name):
+            generator = torch.Generator().manual_seed(tensor.shape[1])
+            inputs = torch.randn(512, tensor.shape[1], generator=generator) * torch.randn(tensor.shape[1], generator=generator).exp()
+            grams[name] = inputs.T @ inputs / len(inputs)
+    return grams
 
 
 def random_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 20) -> list[list[int]]:
