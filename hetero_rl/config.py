@@ -90,6 +90,8 @@ class ConstraintConfig(_Table):
     """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
     tolerance_unit: Literal["floor", "absolute"] = "floor"
     """`floor`: multiples of the gap measured at the start with the same weights on both sides."""
+    tolerance_min: float = Field(0.002, ge=0)
+    """Least tolerance in units of the floor, as mean abs(dp): targets of 8 and more bits have floors that other CPUs' rounding exceeds."""
     floor_tokens: int = Field(4096, ge=64)
     """Response tokens the floor is measured on."""
     controller: Literal["dual", "fixed"] = "dual"

@@ -151,7 +151,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     probes = [shortened(sequence) for sequence in sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]]
     reference_gap = parts.publisher.calibrate(probes)
     multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
-    tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor)
+    tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor, config.constraint.tolerance_min)
     dtype = parts.learner.compute_dtype
     return LoopState(
         0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap, parts.publisher.calibration, compute_dtype=dtype

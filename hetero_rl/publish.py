@@ -28,7 +28,7 @@ PROOF_GAP_MIN = 0.02
 """Mean abs(dp) between twin and engine that kernels alone may cause, whatever was measured at the start: a share of the mean probability,
 as the differences of a model that is sure of little are small, whatever is wrong with it."""
 FRESH_GAP_MAX = 0.1
-"""The same for a freshly started engine, to which there is nothing yet to compare."""
+"""Mean abs(dp) at which a freshly started engine, to which there is nothing yet to compare, does not run this model."""
 PROOF_GAP_FACTOR = 5.0
 """How far that gap may grow over the one of the freshly built engine before the update counts as failed."""
 STALE_MARGIN = 2.0
@@ -128,7 +128,7 @@ class Publisher:
         self._probes = probes
         self._last = self._told_apart = self._measure()
         self._reference_gap = self._last.gap if reference_gap is None else reference_gap
-        if not self._last.gap <= min(self._last.bound(self._reference_gap), FRESH_GAP_MAX * self._last.mean):
+        if not self._last.gap <= min(self._last.bound(self._reference_gap), FRESH_GAP_MAX):
             raise ProofError(
                 f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to "
                 f"the fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"

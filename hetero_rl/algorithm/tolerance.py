@@ -47,6 +47,9 @@ def measure_floor(gaps: list[NDArray[np.float32]], *, seed: int = 0, num_resampl
     return Floor(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()), sum(map(len, gaps)) - int(counts.sum()))
 
 
-def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floor) -> float:
-    """The bound on the mean abs(dp): `value` times the floor, or `value` itself."""
-    return value * floor.mean if unit == "floor" else value
+def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floor, least: float = 0.0) -> float:
+    """The bound on the mean abs(dp): `value` times the floor and not below `least`, or `value` itself.
+
+    A target of 8 or more bits has a floor that the arithmetic of another CPU exceeds; nothing is served better by holding it.
+    """
+    return max(value * floor.mean, least) if unit == "floor" else value

@@ -170,3 +170,5 @@ class TestTolerance:
         floor = Floor(0.02, 0.01, 0.03, 1000)
         assert tolerance_from(0.7, "floor", floor) == pytest.approx(0.014)
         assert tolerance_from(0.7, "absolute", floor) == 0.7
+        assert tolerance_from(0.7, "floor", floor, least=0.05) == 0.05
+        assert tolerance_from(0.01, "absolute", floor, least=0.05) == 0.01
