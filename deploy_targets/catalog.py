@@ -19,12 +19,14 @@ from deploy_targets.protocols import Engine, Quantizer
 
 ENGINES = {
     "fake": "deploy_targets.engines.fake:FakeEngine",
+    "llamacpp": "deploy_targets.engines.llamacpp:LlamaCppEngine",
     "onnxruntime": "deploy_targets.engines.onnxruntime:OnnxRuntimeEngine",
     "transformers": "deploy_targets.engines.transformers:TransformersEngine",
     "vllm": "deploy_targets.engines.vllm:VllmEngine",
 }
 QUANTIZERS = {
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
+    "gguf": "deploy_targets.quantizers.gguf:GgufQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -74,4 +74,16 @@ class Quantizer(Protocol):
 
         `out_dir` already holds the first weights file, so that a graph may point into it.
         """
+        ...
+
+
+@runtime_checkable
+class FileQuantizer(Quantizer, Protocol):
+    """A quantizer whose target keeps its weights in one file of its own format; the weights of all others are a safetensors file."""
+
+    weights_file: str
+    """Name of that file in the artifact, e.g. `model.gguf`."""
+
+    def write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path) -> None:
+        """Write `path` from what `quantize` streams; `model_dir` holds config and tokenizer. The file appears when it is complete."""
         ...

@@ -1,6 +1,6 @@
 """Quantize, publish, prove: the learner's weights become what the engine serves.
 
-The engine's folder is the artifact in the making: engine-native files around one `model.safetensors`. A publish writes the
+The engine's folder is the artifact in the making: engine-native files around one file of weights. A publish writes the
 new weights beside the old, swaps them into the running engine, proves that the engine now computes with them, and only
 then gives them the old one's name. What the engine last served is therefore what lies in the folder (law 1).
 """
@@ -19,8 +19,8 @@ from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EngineError, ProofError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine, Quantizer
-from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
-from deploy_targets.weights_file import write_weights
+from deploy_targets.types import TokenSequence, WeightFile
+from deploy_targets.weights_file import weights_name, write_version
 from hetero_rl.learner.deepspeed_learner import Learner
 
 PROOF_GAP_MIN = 0.02
@@ -62,6 +62,7 @@ class Publisher:
     ) -> None:
         """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them."""
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
+        self._model_dir, self._weights = model_dir, folder / weights_name(quantizer)
         self.num_rebuilds = 0
         self._probes: list[TokenSequence] = []
         self._reference_gap = 0.0
@@ -70,7 +71,7 @@ class Publisher:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.next"), *folder.glob("*.partial")):
             leftover.unlink()  # of a run that was killed in the middle of a publish
-        self._write(folder / WEIGHTS_FILE)
+        self._write(self._weights)
         quantizer.scaffold(model_dir, folder)
         self.engine: Engine = open_engine(profile, folder, weight_version)
 
@@ -103,7 +104,7 @@ class Publisher:
             ProofError: neither the updated nor the rebuilt engine serves what was published.
         """
         start = time.perf_counter()
-        pending = self.folder / f"{WEIGHTS_FILE}.next"
+        pending = self._weights.with_name(f"{self._weights.name}.next")
         self._write(pending)
         quantized = time.perf_counter()
         try:
@@ -112,7 +113,7 @@ class Publisher:
             failure: str | None = str(error)
         else:
             failure = None
-        os.replace(pending, self.folder / WEIGHTS_FILE)
+        os.replace(pending, self._weights)
         swapped = time.perf_counter()
         failure = failure or self._proof_failure()
         if failure is not None:
@@ -127,7 +128,7 @@ class Publisher:
 
     def _write(self, path: Path) -> None:
         num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
-        write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * num_tensors + 64)
+        write_version(path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * num_tensors + 64)
 
     def _measure(self) -> ProbeProbabilities:
         twin = self._learner.score(self._probes, as_twin=True)
