@@ -16,8 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from pydantic import Field
 
+from deploy_targets.engines.draws import Draws
 from deploy_targets.engines.environment import num_usable_cores
-from deploy_targets.engines.onnx_decode import Draws, chunks_by_tokens, sample_batch
+from deploy_targets.engines.onnx_decode import chunks_by_tokens, sample_batch
 from deploy_targets.engines.onnx_graph import Graph
 from deploy_targets.engines.requests import EngineOptions, check_sequences, parse_options, response_limits
 from deploy_targets.errors import EngineError, ProfileError
