@@ -1,8 +1,9 @@
 """The file that holds one version of the weights: a safetensors file, unless the target has a format of its own.
 
-A safetensors file is written tensor by tensor, so that a publish holds one layer and not the whole model. The header comes first in the format but is known last; its room is reserved and filled with the spaces that the
-format allows (https://github.com/huggingface/safetensors#format). Tensors of equal names, shapes and dtypes always
-land at equal offsets, so that a graph may point into the file and outlive a version.
+A safetensors file is written tensor by tensor, so that a publish holds one layer and not the whole model. The header comes
+first in the format but is known last; its room is reserved and filled with the spaces that the format allows
+(https://github.com/huggingface/safetensors#format). Tensors of equal names, shapes and dtypes always land at equal offsets,
+so that a graph may point into the file and outlive a version.
 """
 
 from __future__ import annotations

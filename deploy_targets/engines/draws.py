@@ -44,9 +44,7 @@ def pick_tokens(
         return tokens, (logits[rows, tokens] - np.log(totals)).astype(np.float32)
 
 
-def score_tokens(
-    logits: NDArray[np.float32], tokens: Sequence[int], temperature: float
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def score_tokens(logits: NDArray[np.float32], tokens: Sequence[int], temperature: float) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Log-prob (nats) of each given token after `temperature`, and the most probable token: float32 and int32 [n].
 
     `logits` is [n, vocab]. A row with a non-finite logit gets a NaN log-prob.

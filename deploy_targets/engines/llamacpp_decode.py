@@ -13,7 +13,9 @@ from deploy_targets.engines.llamacpp_context import Context, passes
 from deploy_targets.types import Sampling
 
 
-def logits_of(context: Context, sequences: Sequence[Sequence[int]], starts: Sequence[int], first_slot: int = 0) -> list[NDArray[np.float32]]:
+def logits_of(
+    context: Context, sequences: Sequence[Sequence[int]], starts: Sequence[int], first_slot: int = 0
+) -> list[NDArray[np.float32]]:
     """Logits [len(sequence) - start, vocab] after each token of every sequence from its `start` on.
 
     The sequences go into the slots from `first_slot` on and stay there; with `first_slot` 0 the context forgets everything else.

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quants
 from numpy.typing import NDArray
 
-from deploy_targets.errors import EngineError, WeightsError
+from deploy_targets.errors import EngineError, MissingPackageError, WeightsError
 
 if TYPE_CHECKING:
     import torch
 
-PLAIN = {GGMLQuantizationType.F32: np.dtype(np.float32), GGMLQuantizationType.F16: np.dtype(np.float16)}
+PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+}
 """Types without blocks that GGUF targets store, and what numpy calls them."""
 _VALUES_PER_TASK = 1 << 19
 
 
 def encode(name: str, weight: NDArray[np.float32], ggml_type: GGMLQuantizationType, num_threads: int = 1) -> NDArray[np.uint8]:
-    """The bytes of `weight` [..., inputs] as `ggml_type`: uint8 [..., bytes of a row], what `llama-quantize` without an importance matrix writes.
+    """The bytes of `weight` [..., inputs] as `ggml_type`: uint8 [..., bytes of a row].
 
+    They are what `llama-quantize` writes without an importance matrix.
     Rows are independent of each other, so `num_threads` share them. Raises `WeightsError` naming the tensor when it holds NaN
     or infinity, or values beyond the range of the scales.
     """
@@ -33,10 +38,11 @@ def encode(name: str, weight: NDArray[np.float32], ggml_type: GGMLQuantizationTy
     weight = np.ascontiguousarray(weight, np.float32)
     if ggml_type in PLAIN:
         with np.errstate(over="ignore"):
-            plain = weight.astype(PLAIN[ggml_type])
+            plain: NDArray[Any] = weight.astype(PLAIN[ggml_type])
         if not np.isfinite(plain).all():
             raise WeightsError(f"tensor {name!r} holds values beyond the range of {ggml_type.name}; it is not published")
-        return plain.view(np.uint8)
+        raw: NDArray[np.uint8] = plain.view(np.uint8)
+        return raw
     library = _library()
     data = np.empty(quant_shape_to_byte_shape(weight.shape, ggml_type), np.uint8)
     rows, row_bytes = weight.reshape(-1, weight.shape[-1]), data.reshape(-1, data.shape[-1])
@@ -62,7 +68,9 @@ def encode(name: str, weight: NDArray[np.float32], ggml_type: GGMLQuantizationTy
 
 def decode(data: NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> NDArray[np.float32]:
     """The float32 values [..., inputs] that the bytes [..., bytes of a row] of `ggml_type` stand for."""
-    return quants.dequantize(data.view(PLAIN.get(ggml_type, np.dtype(np.uint8))), ggml_type).astype(np.float32, copy=False)
+    stored: NDArray[Any] = data.view(PLAIN[ggml_type]) if ggml_type in PLAIN else data
+    values: NDArray[np.float32] = quants.dequantize(stored, ggml_type).astype(np.float32, copy=False)
+    return values
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
@@ -73,9 +81,11 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
 
 @cache
 def _library() -> ctypes.CDLL:
-    import llama_cpp
-
-    folder = Path(llama_cpp.__file__).parent / "lib"
+    # Found, not imported: that would load all of llama.cpp into the learner's process.
+    package = importlib.util.find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        raise MissingPackageError("llama-cpp-python", "quantizing to GGUF", "llamacpp")
+    folder = Path(package.origin).parent / "lib"
     found = next((path for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll") if (path := folder / name).is_file()), None)
     if found is None:
         raise EngineError(f"{folder} holds no libggml-base; install llama-cpp-python again, so that it builds its own llama.cpp")

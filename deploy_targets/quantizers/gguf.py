@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: Q4_K_M, Q4_0, Q8_0, byte for byte what `llama-quantize` makes of the same weights.
+"""GGUF files for llama.cpp: Q4_K_M, Q4_0, Q8_0, F16, F32, byte for byte what `llama-quantize` makes of the same weights.
 
 The weights of the artifact are one `model.gguf` that llama.cpp and everything built on it open unchanged, tokenizer included
 where llama.cpp has its equal (`gguf_metadata`). Where a row is no multiple of the 256 values of a K-quant block, llama.cpp's
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from deploy_targets.errors import PreflightError, WeightsError
 from deploy_targets.gguf_file import ALIGNMENT, GGUF_FILE
 from deploy_targets.quantizers import ggml
 from deploy_targets.quantizers.gguf_metadata import add_metadata, new_writer
-from deploy_targets.quantizers.gguf_plan import ROPE_FACTORS, SCHEMES, Place, Type, config_problems, head_dim, plan_of, rope_parameters
+from deploy_targets.quantizers.gguf_plan import ROPE_FACTORS, SCHEMES, Place, config_problems, head_dim, plan_of, rope_parameters
 from deploy_targets.quantizers.model_files import is_tied_copy, read_config, write_model_files
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
     from deploy_targets.profile import SchemeSpec
 
-_EXPECTED = {"Q4_K_M": (4, 32, False), "Q4_0": (4, 32, True), "Q8_0": (8, 32, True)}
+_EXPECTED = {
+    "Q4_K_M": (4, 32, False), "Q4_0": (4, 32, True), "Q8_0": (8, 32, True), "F16": (16, None, True), "F32": (32, None, True),
+}  # fmt: skip
 """scheme.name -> bits, group_size, symmetric of most of its weights; Q4_K's groups of 32 share a block of 256."""
 
 
@@ -73,6 +76,10 @@ class GgufQuantizer:
     def quantizes(self, name: str) -> bool:
         """Whether the tensor is stored as anything but float32; embeddings and the head are, norms and biases are not."""
         return name in self._plan and self._plan[name].type != Type.F32
+
+    def stored_type(self, name: str) -> str:
+        """The ggml type under which the checkpoint's tensor `name` is stored, e.g. `Q6_K`."""
+        return str(self._plan[name].type.name)
 
     def quantize(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream the file's tensors under their GGUF names: uint8 [rows, bytes of a row], or float32 where nothing is quantized.

@@ -22,6 +22,8 @@ SCHEMES = {
     "Q4_K_M": (FileType.MOSTLY_Q4_K_M, Type.Q4_K),
     "Q4_0": (FileType.MOSTLY_Q4_0, Type.Q4_0),
     "Q8_0": (FileType.MOSTLY_Q8_0, Type.Q8_0),
+    "F16": (FileType.MOSTLY_F16, Type.F16),
+    "F32": (FileType.ALL_F32, Type.F32),
 }
 """scheme.name -> llama.cpp's file type, and the type of most of its tensors."""
 ROPE_FACTORS = "rope_freqs.weight"
@@ -79,9 +81,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         return [f"model_type {family!r} is not one of {', '.join(FAMILIES)}"]
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     problems = [
-        f"config.json: {key} must be a positive number"
-        for key in needed
-        if not (isinstance(config.get(key), int) and config[key] > 0)
+        f"config.json: {key} must be a positive number" for key in needed if not (isinstance(config.get(key), int) and config[key] > 0)
     ]
     for key in ("use_sliding_window", "mlp_bias", "attention_bias"):
         if config.get(key):
@@ -89,7 +89,8 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"config.json: hidden_act {config['hidden_act']!r}: llama.cpp computes silu for this family")
     kind, rope = rope_parameters(config)
-    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+    kinds = ("default", "linear", "llama3") if family == "llama" else ("default", "linear")
+    if kind not in kinds or rope.get("partial_rotary_factor", 1) != 1:
         problems.append(f"config.json: rotary embeddings of type {kind!r}, or of a part of each head, are not supported in a GGUF target")
     return problems
 
@@ -144,19 +145,28 @@ def _target(names: TensorNameMap, source: str) -> str:
         return source
     name = names.get_name(source, try_suffixes=(".weight", ".bias"))
     assert name is not None, f"gguf knows no name for {source}"
-    return name
+    return str(name)
 
 
 def _kind(source: str) -> str | None:
     """What llama.cpp's rules tell apart; None for the tensors that stay in float32 (norms, biases)."""
     if source.endswith("norm.weight") or source.endswith(".bias") or source == ROPE_FACTORS:
         return None
-    kinds = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "down_proj": "ffn_down", "lm_head": "output", "embed_tokens": "embedding"}
+    kinds = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "down_proj": "ffn_down",
+        "lm_head": "output",
+        "embed_tokens": "embedding",
+    }
     return kinds.get(source.split(".")[-2], "other")
 
 
 def _type(kind: str, source: str, num_inputs: int, config: Mapping[str, Any], scheme: str) -> Type:
     chosen = default = SCHEMES[scheme][1]
+    if default not in _BLOCK_SIZES:
+        return default
     if kind == "output" or (kind == "embedding" and config.get("tie_word_embeddings")):
         chosen = Type.Q8_0 if num_inputs % _BLOCK_SIZES[default] or default == Type.Q8_0 else Type.Q6_K
     elif scheme == "Q4_K_M" and kind in ("attn_v", "ffn_down"):
@@ -181,4 +191,5 @@ def _counts_as_70b(config: Mapping[str, Any]) -> bool:
     """What llama.cpp calls LLM_TYPE_70B, by the number of layers alone: eight query heads share one value head there."""
     if config["num_hidden_layers"] != 80:
         return False
-    return config["model_type"] == "qwen2" or (config["model_type"] == "llama" and num_kv_heads(config) != config["num_attention_heads"])
+    family, num_heads = str(config["model_type"]), int(config["num_attention_heads"])
+    return family == "qwen2" or (family == "llama" and num_kv_heads(config) != num_heads)
