@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType
 from deploy_targets.errors import ArtifactError
 from deploy_targets.quantizers.gguf_plan import FAMILIES, head_dim, num_kv_heads, rope_parameters
 
-_SPLITS = {
+SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
 }
@@ -102,5 +102,5 @@ def _kind(tokenizer: Mapping[str, Any], pieces: Mapping[int, str], added: Mappin
     if len(steps) == 1:
         return "gpt-2" if steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space", False) else None
     if len(steps) == 2 and steps[0].get("type") == "Split":
-        return _SPLITS.get(str(steps[0].get("pattern", {}).get("Regex")))
+        return SPLITS.get(str(steps[0].get("pattern", {}).get("Regex")))
     return None
