@@ -69,12 +69,12 @@ def serving_folder(profile: TargetProfile, model_dir: Path, folder: Path) -> Pat
     """The model of `model_dir` in the target's native format, as a publish writes it."""
     from safetensors.torch import load_file
 
-    from deploy_targets.weights_file import write_weights
+    from deploy_targets.weights_file import weights_name, write_version
 
     quantizer = make_quantizer(profile, model_dir)
     tensors = load_file(model_dir / WEIGHTS_FILE)
     folder.mkdir(parents=True)
-    write_weights(folder / WEIGHTS_FILE, quantizer.quantize(tensors.items()), num_tensors_max=4 * len(tensors) + 64)
+    write_version(folder / weights_name(quantizer), quantizer, tensors.items(), model_dir, num_tensors_max=4 * len(tensors) + 64)
     quantizer.scaffold(model_dir, folder)
     return folder
 

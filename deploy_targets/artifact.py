@@ -1,6 +1,6 @@
 """A deployable folder and the manifest that says, byte for byte, what lies in it.
 
-    model.safetensors      the weights the engine last served, in the target's checkpoint format
+    model.safetensors      the weights the engine last served, in the target's checkpoint format (GGUF targets: model.gguf)
     config, graph, ...     engine-native files, tokenizer.json
     probes.st     golden probes: token sequences with the learner's log-probs (`probes.py`)
     task_sample.jsonl      optional: prompts on which task accuracy is measured on the target
@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from deploy_targets.errors import ArtifactError
+from deploy_targets.gguf_file import read_gguf
 from deploy_targets.hardware import describe_machine, package_versions
 from deploy_targets.manifest import (
     FORMAT_VERSION,
@@ -33,7 +34,7 @@ from deploy_targets.manifest import (
 )  # fmt: skip
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
-from deploy_targets.weights_file import sha256_of, tensor_layout
+from deploy_targets.weights_file import WEIGHTS_FILES, sha256_of, tensor_layout
 
 __all__ = [
     "MANIFEST_FILE", "PROBES_FILE", "TASK_SAMPLE_FILE", "Manifest", "SamplingRecord", "TaskRecord",
@@ -64,7 +65,9 @@ def write_manifest(
     """
     names, problems = _list_files(folder)
     names.discard(MANIFEST_FILE + ".partial")
-    problems += [f"{name}: is missing" for name in (WEIGHTS_FILE, PROBES_FILE) if name not in names]
+    weights = [name for name in WEIGHTS_FILES if name in names] or [WEIGHTS_FILE]
+    problems += [f"{name}: is missing" for name in (weights[0], PROBES_FILE) if name not in names]
+    problems += [f"{name}: is a second file of weights beside {weights[0]}" for name in weights[1:]]
     if problems:
         raise damaged(folder, problems, "cannot be sealed", "Write every file of the artifact before its manifest.")
     versions = package_versions()
@@ -84,7 +87,7 @@ def write_manifest(
         "package_versions": versions,
         "machine": describe_machine(),
         "files": {name: _record(folder / name) for name in sorted(names - {MANIFEST_FILE})},
-        "tensors": _tensor_hashes(folder / WEIGHTS_FILE),
+        "tensors": _tensor_hashes(folder / weights[0]),
     }
     manifest, data = seal(fields)
     write_atomically(folder / MANIFEST_FILE, data)
@@ -112,7 +115,9 @@ def check_artifact(folder: Path) -> Manifest:
 
 
 def checked_layout(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """`tensor_layout` of a safetensors file that may be damaged: every problem is an `ArtifactError` that names the file."""
+    """The tensors of a safetensors or GGUF file that may be damaged: every problem is an `ArtifactError` that names the file."""
+    if path.suffix == ".gguf":
+        return read_gguf(path).tensors
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -138,7 +143,7 @@ def _file_problems(folder: Path, name: str, manifest: Manifest) -> list[str]:
         if size == record.bytes and sha256_of(folder / name) == record.sha256:
             return []
         reason = f"{name}: was changed (" + (f"{size} bytes instead of {record.bytes})" if size != record.bytes else "sha256 differs)")
-        if name != WEIGHTS_FILE:
+        if name not in WEIGHTS_FILES:
             return [reason]
         found = _tensor_hashes(folder / name)
     except ArtifactError as error:

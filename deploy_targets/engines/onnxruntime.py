@@ -15,8 +15,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from deploy_targets.engines.draws import Draws
 from deploy_targets.engines.environment import num_usable_cores
-from deploy_targets.engines.onnx_decode import Draws, chunks_by_tokens, sample_batch
+from deploy_targets.engines.onnx_decode import chunks_by_tokens, sample_batch
 from deploy_targets.engines.onnx_graph import Graph
 from deploy_targets.engines.onnx_options import CPU_PROVIDER, OnnxRuntimeOptions, provider_problem
 from deploy_targets.engines.requests import check_sequences, parse_options, response_limits

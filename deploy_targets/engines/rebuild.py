@@ -11,6 +11,7 @@ from deploy_targets.engines.requests import check_layout, read_layout
 from deploy_targets.errors import EngineError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+from deploy_targets.weights_file import WEIGHTS_FILES
 
 Open = Callable[[Path, int], Engine]
 """(folder in the engine's native format, weight_version) -> a running engine."""
@@ -22,7 +23,11 @@ class RebuildingEngine:
     def __init__(self, open_engine: Open, artifact_dir: Path, weight_version: int) -> None:
         """Start the first one. Raises what `open_engine` raises."""
         self._open_engine, self._artifact_dir = open_engine, artifact_dir
-        self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
+        self._weights = next(
+            (artifact_dir / name for name in WEIGHTS_FILES if (artifact_dir / name).is_file()), artifact_dir / WEIGHTS_FILE
+        )
+        # A format of its own is checked by the engine that opens it.
+        self._layout = read_layout(self._weights) if self._weights.name == WEIGHTS_FILE else None
         self._engine: Engine | None = open_engine(artifact_dir, weight_version)
         self.weight_version = weight_version
 
@@ -33,11 +38,12 @@ class RebuildingEngine:
         after which there is none.
         """
         self._running()
-        check_layout(self._layout, weights.path)
+        if self._layout is not None:
+            check_layout(self._layout, weights.path)
         self.close()
         with tempfile.TemporaryDirectory(prefix="deploy-targets-rebuild-") as folder:
             for file in self._artifact_dir.iterdir():
-                target = weights.path if file.name == WEIGHTS_FILE else file
+                target = weights.path if file.name == self._weights.name else file
                 os.symlink(target.resolve(), Path(folder) / file.name)
             self._engine = self._open_engine(Path(folder), weights.weight_version)
         self.weight_version = weights.weight_version

@@ -107,7 +107,11 @@ def check_layout(expected: Layout, path: Path) -> None:
 
     It is called before anything is swapped: a wrong file leaves the old version in service.
     """
-    given = read_layout(path)
+    compare_layouts(expected, read_layout(path), path)
+
+
+def compare_layouts(expected: Layout, given: Layout, path: Path) -> None:
+    """What `check_layout` raises, where the file `path` holds the tensors `given`."""
     if given == expected:
         return
     wrong = [f"{name}: missing" for name in expected if name not in given]

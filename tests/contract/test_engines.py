@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from deploy_targets.errors import EngineError, UsageError, WeightsError
 from deploy_targets.protocols import Engine
-from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFile
-from deploy_targets.weights_file import write_weights
+from deploy_targets.types import Sampling, TokenSequence, WeightFile
+from deploy_targets.weights_file import weights_name
 from hetero_rl.publish import ProbeProbabilities, proof_failure
 from tests.conftest import TinyModels
 from tests.contract.targets import (
     LOGP_TOLERANCE_NATS,
     MAX_MODEL_LEN,
+    MODEL_OPTIONS,
     Target,
     all_logps,
     largest_gap,
@@ -33,7 +33,7 @@ from tests.contract.targets import (
     reference_logps,
 )
 
-FAMILIES = {"fake", "bf16-transformers", "nf4-transformers", "fp8-vllm", "int4-vllm", "int4-onnx"}
+FAMILIES = {"fake", "bf16-transformers", "nf4-transformers", "fp8-vllm", "int4-vllm", "int4-gptq-vllm", "int4-onnx", "q4_k_m-llamacpp"}
 """One or two targets of each family; scripts/test_targets.sh holds the rest against the same tests."""
 
 
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def target(request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Target:
-    model_dir = tiny_models("qwen3", max_position_embeddings=512)
+    model_dir = tiny_models("qwen3", max_position_embeddings=512, **MODEL_OPTIONS.get(request.param, {}))
     return make_target(request.param, model_dir, tmp_path_factory.mktemp(request.param))
 
 
@@ -151,7 +151,7 @@ def test_updates_equal_a_fresh_engine_and_going_back_restores(target: Target, en
     assert largest_gap(updated, before) > max(0.2, 2 * target.tolerance)
     fresh_folder = target.folder.parent / "fresh"
     fresh_folder.mkdir()
-    (fresh_folder / WEIGHTS_FILE).write_bytes(target.versions[2].read_bytes())
+    (fresh_folder / weights_name(target.quantizer)).write_bytes(target.versions[2].read_bytes())
     target.quantizer.scaffold(target.model_dir, fresh_folder)
     fresh = replace(target, folder=fresh_folder).open(weight_version=4)
     try:
@@ -222,16 +222,13 @@ def test_prompts_that_cannot_be_served_are_refused(engine: Engine) -> None:
 
 
 def test_a_file_of_another_model_is_refused_and_changes_nothing(target: Target, engine: Engine, tmp_path: Path) -> None:
-    tensors = dict(load_file(target.versions[2]))
-    lost = sorted(tensors)[-1]
-    del tensors[lost]
-    write_weights(tmp_path / "short.safetensors", tensors.items(), 4 * len(tensors))
+    lost = target.write_without_last_tensor(tmp_path / "short")
     sequences = random_sequences(4)
     before = engine.score(sequences)
     with pytest.raises(EngineError, match=lost):
-        engine.update(WeightFile(tmp_path / "short.safetensors", 9))
+        engine.update(WeightFile(tmp_path / "short", 9))
     with pytest.raises(EngineError, match="nowhere"):
-        engine.update(WeightFile(tmp_path / "nowhere.safetensors", 9))
+        engine.update(WeightFile(tmp_path / "nowhere", 9))
     assert engine.weight_version == 1
     assert largest_gap(engine.score(sequences), before) == 0
 

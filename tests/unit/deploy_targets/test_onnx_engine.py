@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deploy_targets.catalog import make_quantizer, open_engine
-from deploy_targets.engines.onnx_decode import pick_tokens
+from deploy_targets.engines.draws import pick_tokens
 from deploy_targets.engines.onnxruntime import OnnxRuntimeEngine
 from deploy_targets.errors import ArtifactError, EngineError, ProfileError, UsageError
 from deploy_targets.profile import load_profile

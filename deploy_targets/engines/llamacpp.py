@@ -1,0 +1,217 @@
+"""The engine for GGUF files: llama.cpp in this process, through llama-cpp-python's C interface; sampling in numpy.
+
+As many contexts as there are cores share the weights and each serve batches of their own on one thread: small models then lose
+nothing at the barrier that llama.cpp puts after every operator. Sampling sees all logits, without top-k, top-p or penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from deploy_targets.engines.draws import Draws, score_tokens
+from deploy_targets.engines.environment import num_usable_cores
+from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
+from deploy_targets.engines.llamacpp_decode import logits_of, sample_batch
+from deploy_targets.engines.requests import EngineOptions, check_sequences, compare_layouts, parse_options, read_limits, response_limits
+from deploy_targets.errors import ArtifactError, EngineError
+from deploy_targets.gguf_file import GGUF_FILE, GgufHeader, read_gguf
+from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
+
+_LOGITS_PER_PASS = 1 << 26
+"""Logits of one pass, 256 MiB of float32."""
+_NAME_KEYS = ("general.name",)
+"""Metadata that may differ between versions."""
+
+
+class LlamaCppOptions(EngineOptions):
+    """The `[engine.options]` table of a llama.cpp target."""
+
+    num_threads: int | None = Field(None, ge=1)
+    """Cores to use; all that this process may use by default."""
+    threads_per_batch: int = Field(1, ge=1)
+    """Cores that share one batch. More than one pays for large models, or for single requests."""
+    max_batch_size: int = Field(64, ge=1, le=256)
+    """Sequences of one batch; there are num_threads / threads_per_batch batches at a time, each with a cache for so many."""
+    max_batch_tokens: int = Field(1024, ge=32)
+    """Tokens of one prefill or scoring pass; large vocabularies lower it, so that its logits take at most 256 MiB."""
+    kv_cache_dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
+    """How keys and values are kept; llama.cpp's own default is f16."""
+    flash_attention: bool = False
+    """Attention as one operator: less memory, but on a CPU its sums over values are kept in f16 and long sequences are slower."""
+    num_gpu_layers: int = Field(0, ge=0)
+    """Layers that a build of llama.cpp with GPU support keeps on the GPU."""
+
+    @model_validator(mode="after")
+    def _quantized_values_need_flash_attention(self) -> Self:
+        if self.kv_cache_dtype == "q8_0" and not self.flash_attention:
+            raise ValueError("kv_cache_dtype 'q8_0' needs flash_attention = true: llama.cpp has no other attention over quantized values")
+        return self
+
+
+class LlamaCppEngine:
+    """One GGUF file, served from host memory."""
+
+    def __init__(self, artifact_dir: Path, options: dict[str, Any], weight_version: int) -> None:
+        """Open the artifact. Raises `ProfileError` for bad options, `ArtifactError` or `EngineError` for a bad artifact."""
+        self.options = parse_options(LlamaCppOptions, options, "llamacpp")
+        folder = Path(artifact_dir)
+        self._max_model_len, self._vocab_size = read_limits(folder, self.options.max_model_len)
+        self._header = read_gguf(folder / GGUF_FILE)
+        embedding = self._header.tensors.get("token_embd.weight", ("", (0,), 0, 0))[1]
+        if embedding[0] != self._vocab_size:
+            raise ArtifactError(f"{GGUF_FILE} has {embedding[0]} token embeddings, config.json says vocab_size {self._vocab_size}")
+        num_threads = self.options.num_threads or num_usable_cores()
+        self._num_batches = max(1, num_threads // self.options.threads_per_batch)
+        self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="llamacpp-batch")
+        self._model: Model | None = None
+        self._contexts: list[Context] = []
+        self._closed = False
+        try:
+            self.update(WeightFile(folder / GGUF_FILE, weight_version))
+        except BaseException:
+            self.close()
+            raise
+
+    def update(self, weights: WeightFile) -> int:
+        """Serve another version: its file is opened, fresh caches are made, then the old ones are given back.
+
+        Raises `EngineError` naming each tensor or entry of metadata in which the file differs from the model in service, or why
+        llama.cpp refuses it; the engine then still serves the old version.
+        """
+        self._check_open()
+        _check_same_model(self._header, weights.path)
+        model = Model(weights.path, self.options.num_gpu_layers)
+        contexts: list[Context] = []
+        try:
+            if model.vocab_size != self._vocab_size:
+                raise EngineError(f"{weights.path}: llama.cpp reads {model.vocab_size} tokens, config.json says {self._vocab_size}")
+            for _ in range(self._num_batches):
+                contexts.append(Context(model, self._size()))
+        except BaseException:
+            _close(contexts, model)
+            raise
+        _close(self._contexts, self._model)
+        self._model, self._contexts = model, contexts
+        self.weight_version = weights.weight_version
+        return self.weight_version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+        """Sample one response per prompt, in order; request i draws from the i-th stretch of one generator seeded by `seed`.
+
+        Raises `UsageError` for prompts that are empty, hold unknown tokens or leave no room for one token.
+        """
+        self._check_open()
+        keys = [tuple(int(token) for token in prompt) for prompt in prompts]
+        response_limits(keys, sampling.max_tokens, self._max_model_len, self._vocab_size)
+        uniforms = np.random.default_rng(sampling.seed).random((len(keys), sampling.max_tokens))
+        # By length, so that a batch advances together; the sort is stable and keeps equal neighbours together.
+        order = np.array(sorted(range(len(keys)), key=lambda i: len(keys[i])), np.int64)
+        num_batches = -(-len(keys) // (self.options.max_batch_size * self._num_batches)) * self._num_batches
+        batches = [part for part in np.array_split(order, max(1, num_batches)) if len(part)]
+
+        def draw(context: Context, part: NDArray[np.int64]) -> Draws:
+            return sample_batch(context, [keys[i] for i in part], sampling, uniforms[part], self._max_model_len)
+
+        found: dict[int, Generation] = {}
+        for part, draws in zip(batches, self._map(draw, batches), strict=True):
+            for row, i in enumerate(part):
+                count = draws.counts[row]
+                tokens, logps = draws.tokens[row, :count].copy(), draws.logps[row, :count].copy()
+                reason: Literal["stop", "length"] = "stop" if tokens[-1] in sampling.stop_token_ids else "length"
+                found[int(i)] = Generation(keys[i], tokens, logps, self.weight_version, sampling.temperature, reason)
+        return [found[i] for i in range(len(keys))]
+
+    def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
+        """Teacher-forced log-probs of the response tokens, by the same matrix products that generate.
+
+        Raises `UsageError` for sequences that are too long or hold unknown tokens.
+        """
+        self._check_open()
+        check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+        size = self._size()
+        chunks = passes([len(sequences[i].tokens) for i in order], size.batch_tokens, size.num_slots)
+
+        def score_chunk(context: Context, chunk: range) -> list[TokenScores]:
+            chosen = [sequences[order[i]] for i in chunk]
+            rows = logits_of(context, [s.tokens[:-1] for s in chosen], [s.prompt_len - 1 for s in chosen])
+            return [
+                TokenScores(*score_tokens(logits, s.tokens[s.prompt_len :], temperature), self.weight_version, temperature)
+                for logits, s in zip(rows, chosen, strict=True)
+            ]
+
+        found: dict[int, TokenScores] = {}
+        for chunk, scores in zip(chunks, self._map(score_chunk, chunks), strict=True):
+            found.update(zip((order[i] for i in chunk), scores, strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    def close(self) -> None:
+        """Give back threads, caches and weights."""
+        if not self._closed:
+            self._closed = True
+            self._pool.shutdown()
+            _close(self._contexts, self._model)
+            self._contexts, self._model = [], None
+
+    def _size(self) -> ContextSize:
+        options = self.options
+        batch_tokens = min(options.max_batch_tokens, max(options.max_batch_size, _LOGITS_PER_PASS // self._vocab_size))
+        return ContextSize(
+            num_slots=options.max_batch_size,
+            max_model_len=self._max_model_len,
+            batch_tokens=max(batch_tokens, options.max_batch_size),
+            num_threads=options.threads_per_batch,
+            cache_type=CACHE_TYPES[options.kv_cache_dtype],
+            flash_attention=options.flash_attention,
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this llamacpp engine is closed")
+
+    def _map(self, function: Callable[[Context, Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """`function` of each part, every running call with a context of its own."""
+        free: SimpleQueue[Context] = SimpleQueue()
+        for context in self._contexts:
+            free.put(context)
+
+        def run(part: Any) -> Any:
+            context = free.get()
+            try:
+                return function(context, part)
+            finally:
+                free.put(context)
+
+        return list(self._pool.map(run, parts))
+
+
+def _check_same_model(served: GgufHeader, path: Path) -> None:
+    """Raise `EngineError` unless `path` holds the tensors and metadata of the model in service, whatever their values."""
+    try:
+        given = read_gguf(path)
+    except ArtifactError as error:
+        raise EngineError(f"{path} cannot be served: {error}") from error
+    expected = {name: (kind, shape) for name, (kind, shape, _, _) in served.tensors.items()}
+    compare_layouts(expected, {name: (kind, shape) for name, (kind, shape, _, _) in given.tensors.items()}, path)
+    keys = sorted(
+        key
+        for key in served.metadata.keys() | given.metadata.keys()
+        if key not in _NAME_KEYS and served.metadata.get(key) != given.metadata.get(key)
+    )
+    if keys:
+        raise EngineError(f"{path} does not fit the model in service, nothing was changed: its metadata differ in {', '.join(keys)}")
+
+
+def _close(contexts: Sequence[Context], model: Model | None) -> None:
+    for context in contexts:
+        context.close()
+    if model is not None:
+        model.close()
