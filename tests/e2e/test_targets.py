@@ -13,7 +13,7 @@ import pytest
 
 from deploy_targets.preflight import check_target
 from deploy_targets.profile import shipped_profiles
-from deploy_targets.weights_file import sha256_of
+from deploy_targets.weights_file import WEIGHTS_FILES, sha256_of
 from hetero_rl.metrics import read_metrics
 from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
 
@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 NUM_STEPS = int(os.environ.get("HETERO_RL_TESTS_TARGET_STEPS", "2"))
 ELSEWHERE = {"fake", "int4-onnx", "int4-vllm"}
 """Trained by other tests of this folder whenever the tests run."""
-FAMILIES = {"bf16-transformers", "fp8-vllm"}
+FAMILIES = {"nf4-transformers", "int4-gptq-vllm", "q4_k_m-llamacpp", "int8-onnx"}
 """One target of each family besides those."""
 PROFILES = shipped_profiles()
 RUNNABLE = [name for name, profile in PROFILES.items() if not check_target(profile)]
@@ -45,9 +45,11 @@ def test_a_target_that_runs_here_trains_exports_and_verifies(name: str, tmp_path
     rows = read_metrics(tmp_path / "run")
     assert rows[-1]["step"] == NUM_STEPS
     assert all(row["engine/nonfinite_logprobs"] == 0 for row in rows[1:])
-    assert rows[-1]["publish/rebuilds"] == 0
-    weights = [folder / "model.safetensors" for folder in (tmp_path / "run" / "serving", tmp_path / "run" / "artifact")]
-    assert len({sha256_of(path) for path in weights}) == 1
+    assert rows[-1]["publish/rebuilds"] == 0, trained.stdout
+    weights = {name: path for name in WEIGHTS_FILES if (path := tmp_path / "run" / "serving" / name).is_file()}
+    assert len(weights) == 1
+    for name, path in weights.items():
+        assert sha256_of(path) == sha256_of(tmp_path / "run" / "artifact" / name)
 
     verified = hetero_rl("verify-deploy", "run/artifact", "--json", "verdict.json", cwd=tmp_path, timeout_s=600)
     verdict = json.loads((tmp_path / "verdict.json").read_text())
