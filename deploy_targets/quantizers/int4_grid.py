@@ -93,8 +93,8 @@ def pack_nibbles(values: Tensor) -> Tensor:
     Two values are joined into a byte and four bytes reinterpreted as a (little-endian) word, which needs no int32
     temporaries and is an order of magnitude faster than shifting words.
     """
-    values = values.contiguous()
-    return (values[:, 0::2] | (values[:, 1::2] << 4)).view(torch.int32)
+    joined = values[:, 0::2] | (values[:, 1::2] << 4)
+    return joined.reshape(-1).view(torch.int32).view(len(values), -1)
 
 
 def _grid(low: Tensor, high: Tensor, factor: float, rule: GridRule) -> Grid:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deploy_targets.errors import WeightsError
-from deploy_targets.quantizers.awq import folds, search_scales
+from deploy_targets.quantizers.awq import Fold, folds, search_scales
 from deploy_targets.quantizers.gptq import gptq, inverse_factor
 from deploy_targets.quantizers.int4_grid import GridRule, Int4Matrix, find_grid, nearest
 
@@ -80,24 +80,24 @@ class Int4Rounding:
         self._multiplied, self._divided, self._grams = {}, {}, dict(grams) if self.rule.clip == "mse" else {}
         waiting = {name: fold for fold in folds(tuple(grams)) for name in fold.consumers}
         seen: dict[str, Tensor] = {}
-        rows: dict[str, int] = {}
+        num_outputs: dict[str, int] = {}
+        found: dict[Fold, Tensor] = {}
         for name, tensor in tensors:
-            rows[name] = len(tensor) if tensor.dim() else 0
+            num_outputs[name] = len(tensor)
             fold = waiting.get(name)
             if fold is None:
                 continue
             seen[name] = tensor.detach().to(torch.bfloat16).float()
             if all(consumer in seen for consumer in fold.consumers):
-                weights = [seen.pop(consumer) for consumer in fold.consumers]
-                # Heads that are shared hand one output to several inputs.
-                if rows.get(f"{fold.source}.weight", weights[0].shape[1]) != weights[0].shape[1]:
-                    continue
-                scales = search_scales(weights, grams[name], self._absmax)
-                self._multiplied.update(dict.fromkeys(fold.consumers, scales))
-                self._divided.update({f"{fold.source}.{part}": scales for part in ("weight", "bias")})
-                if self._grams:
-                    scaled = grams[name] / scales / scales.unsqueeze(-1)
-                    self._grams.update(dict.fromkeys(fold.consumers, scaled))
+                found[fold] = search_scales([seen.pop(consumer) for consumer in fold.consumers], grams[name], self._absmax)
+        for fold, scales in found.items():
+            if num_outputs[f"{fold.source}.weight"] != len(scales):
+                continue  # heads that are shared hand one output to several inputs
+            self._multiplied.update(dict.fromkeys(fold.consumers, scales))
+            self._divided.update({f"{fold.source}.{part}": scales for part in ("weight", "bias")})
+            if self._grams:
+                scaled = grams[fold.consumers[0]] / scales / scales.unsqueeze(-1)
+                self._grams.update(dict.fromkeys(fold.consumers, scaled))
 
     def _absmax(self, weight: Tensor) -> Tensor:
         """What the grid makes of `weight`, without a search for where it ends."""

@@ -13,7 +13,17 @@ from pydantic import ValidationError
 from benchmarks.common import RESULTS, Record, in_turns, measurement
 
 ROOT = RESULTS.parent.parent
-SCRIPTS = ("arithmetic", "attention", "constraint_cost", "publish", "publish_targets", "publish_vs_restart", "rollout", "step_vs_trl")
+SCRIPTS = (
+    "arithmetic",
+    "attention",
+    "constraint_cost",
+    "publish",
+    "publish_targets",
+    "publish_vs_restart",
+    "quantizers",
+    "rollout",
+    "step_vs_trl",
+)
 
 
 def load(path: Path) -> Record:

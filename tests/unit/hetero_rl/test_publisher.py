@@ -16,7 +16,7 @@ from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
-from hetero_rl.publish import Publisher
+from hetero_rl.publish import Publisher, evenly
 from hetero_rl.types import TrainSequence
 from tests.conftest import TinyModels
 
@@ -109,3 +109,19 @@ def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publishe
         move(publisher)
     assert publisher.num_rebuilds == 1
     assert num_published > 1
+
+
+def test_a_quantizer_that_is_not_calibrated_costs_nothing(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(sequences: object) -> None:
+        raise AssertionError("the model read sequences that nobody needs")
+
+    monkeypatch.setattr(publisher._learner, "input_grams", read)
+    assert not publisher.awaits_calibration
+    publisher.publish(1, PROBES)
+    assert publisher.calibration == ()
+
+
+def test_calibration_sequences_are_taken_evenly() -> None:
+    assert evenly(PROBES, 8) == PROBES
+    assert evenly(PROBES, 100) == PROBES
+    assert evenly(PROBES, 3) == [PROBES[0], PROBES[2], PROBES[5]]
