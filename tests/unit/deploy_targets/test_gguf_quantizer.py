@@ -38,10 +38,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def scheme(name: str, **changes: object) -> SchemeSpec:
+def scheme(name: str) -> SchemeSpec:
     bits, group_size, symmetric = BITS[name]
-    fields = {"quantizer": "gguf", "name": name, "bits": bits, "group_size": group_size, "symmetric": symmetric, **changes}
-    return SchemeSpec.model_validate(fields)
+    return SchemeSpec(quantizer="gguf", name=name, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 def quantizer(model_dir: Path, name: str) -> GgufQuantizer:
@@ -104,8 +103,8 @@ def test_dequantized_values_are_those_of_the_file(name: str, model: str, tiny_mo
             np.testing.assert_array_equal(values.numpy(), stored[pairs[key]])
         if made.quantizes(key):
             error = float((values - weight.float()).norm() / weight.float().norm())
-            # Every bf16 weight of this size is a float16 too.
-            assert error == 0 if made.stored_type(key) == "F16" else 0.001 < error < 0.12
+            # bf16 weights of this size are float16 too, but for the bits of the smallest.
+            assert error < 1e-5 if made.stored_type(key) == "F16" else 0.001 < error < 0.12
         else:
             assert values.equal(weight.float())
         assert made.dequantized(key, weight).dtype == weight.dtype == torch.bfloat16
@@ -175,5 +174,5 @@ def test_what_no_gguf_target_has_is_refused(
 ) -> None:
     known = json.loads((tiny_models("qwen3") / "config.json").read_text("utf-8"))
     with pytest.raises(PreflightError) as raised:
-        GgufQuantizer(scheme("Q4_K_M", **changes), {**known, **config})
+        GgufQuantizer(scheme("Q4_K_M").model_copy(update=changes), {**known, **config})
     assert fragment in str(raised.value)
