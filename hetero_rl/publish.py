@@ -139,8 +139,7 @@ class Publisher:
         self.engine.close()
 
     def _write(self, path: Path) -> None:
-        num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
-        write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * num_tensors + 64)
+        write_weights(path, self._quantizer.quantize(self._learner.named_tensors()), num_tensors_max=4 * self._learner.num_tensors + 64)
 
     def _measure(self) -> ProbeProbabilities:
         twin = self._learner.score(self._probes, as_twin=True)

@@ -11,6 +11,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
 from deploy_targets.errors import ProfileError
+from deploy_targets.families import ROUTERS, has_experts, is_expert
 from deploy_targets.quantizers.compressed_weights import SCHEMES
 from deploy_targets.quantizers.model_files import is_ignored, is_tied_copy, read_config, unmatched_ignores, write_model_files
 
@@ -29,7 +30,7 @@ _FUSED = {
 
 
 class CompressedTensorsQuantizer:
-    """Round-to-nearest on the symmetric grid of one of `SCHEMES`."""
+    """Round-to-nearest on the symmetric grid of one of `SCHEMES`. The routers of a mixture of experts are never quantized."""
 
     deterministic = True
 
@@ -53,6 +54,8 @@ class CompressedTensorsQuantizer:
         self._model_config = model_config
         self._asked_ignore = scheme.ignore or ()
         self._ignore = (_HEAD,) if scheme.ignore is None else scheme.ignore
+        if has_experts(model_config):
+            self._ignore = (*self._ignore, *ROUTERS)
 
     def offenders(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Every tensor that the format or vLLM's kernels cannot take, and every `ignore` without effect: one line each, with the reason."""
@@ -86,6 +89,7 @@ class CompressedTensorsQuantizer:
             out_size = sum(shapes[name][0] for name in quantized)
             if out_size % tile:
                 found.append(f"{fused_name}: the joint output size {out_size} of {', '.join(quantized)} is no multiple of {tile}")
+        found += _expert_offenders(shapes, [name for name in shapes if is_expert(name) and self.quantizes(name)])
         return found
 
     def quantizes(self, name: str) -> bool:
@@ -135,3 +139,15 @@ class CompressedTensorsQuantizer:
         )
         # Through JSON, so that enums become the strings that readers expect.
         return {"quant_method": "compressed-tensors", **config.model_dump(mode="json", exclude_none=True)}
+
+
+def _expert_offenders(shapes: Mapping[str, tuple[int, ...]], quantized: list[str]) -> list[str]:
+    """Experts that are stored as one tensor, and layers of which `scheme.ignore` keeps only some experts."""
+    found = [
+        f"{name} {list(shape)}: experts are quantized one by one, and this checkpoint stores them as one tensor"
+        for name, shape in shapes.items()
+        if is_expert(name) and len(shape) == 3
+    ]
+    some = {name.partition(".experts.")[0] for name in quantized}
+    kept = sorted({name.partition(".experts.")[0] for name in shapes if is_expert(name) and name not in quantized} & some)
+    return found + [f"{layer}.experts: vLLM runs them as one layer, but scheme.ignore keeps only some of their weights" for layer in kept]
