@@ -14,8 +14,9 @@ from deploy_targets.engines.onnx_options import needs_nvidia_gpu, options_proble
 from deploy_targets.engines.requests import parse_options
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
+from deploy_targets.families import family_offenders, is_expert
 from deploy_targets.hardware import describe_machine, find_gpus, gpu_memory_gib
-from deploy_targets.memory import memory_offenders
+from deploy_targets.memory import max_tokens, memory_offenders
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
 
@@ -79,13 +80,14 @@ def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None
         offenders.append(str(error))
     try:
         config = _read_object(model_dir / "config.json")
-        offenders += _scheme_offenders(profile, model_dir, config, shapes)
+        # What a scheme says about the tensors of a model that is not supported is noise.
+        offenders += family_offenders(config, shapes) or _scheme_offenders(profile, model_dir, config, shapes)
     except UsageError as error:
         offenders.append(str(error))
     offenders += _tokenizer_offenders(model_dir, config, shapes)
     text_config = _text_config(config)
     offenders += _head_offenders(text_config)
-    offenders += _length_offenders(profile, text_config, num_tokens)
+    offenders += _length_offenders(profile, text_config, num_tokens) + _rope_offenders(profile, text_config)
     offenders += _engine_offenders(profile, text_config, temperature)
     if offenders:
         raise PreflightError(
@@ -122,12 +124,19 @@ def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
 def _scheme_offenders(
     profile: TargetProfile, model_dir: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What the quantizer says about the tensors, or about its scheme, and whether the quantized model fits the memory."""
+    """What the quantizer says about the tensors, or about its scheme; experts without a kernel; whether the model fits the memory."""
     try:
         quantizer = make_quantizer(profile, model_dir)
     except ListedError as error:
         return list(error.offenders)
-    return quantizer.offenders(shapes) + memory_offenders(profile, quantizer, _text_config(config), shapes)
+    offenders = quantizer.offenders(shapes) + memory_offenders(profile, quantizer, _text_config(config), shapes)
+    # vLLM 0.32: "No WNA16 MoE backend", no FP8 one for per-channel scales; the others are for CPUs with AMX and were not tried.
+    if profile.engine.name == "vllm" and not find_gpus() and any(is_expert(name) and quantizer.quantizes(name) for name in shapes):
+        offenders.append(
+            f"vLLM runs no {profile.scheme.name} experts (mixture-of-experts kernels) on CPUs; keep them in high precision by "
+            """scheme.ignore = ["lm_head", 're:.*\\.experts\\.'] in a profile of your own, serve this model in BF16, or use a GPU"""
+        )
+    return offenders
 
 
 def _tokenizer_offenders(model_dir: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -179,6 +188,22 @@ def _length_offenders(profile: TargetProfile, config: Mapping[str, Any], num_tok
     ]
 
 
+def _rope_offenders(profile: TargetProfile, config: Mapping[str, Any]) -> list[str]:
+    """LongRoPE beyond the lengths of its short factors: transformers changes factors by a batch's length, vLLM by `max_model_len`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return []
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    # vLLM is given one position more than the longest sequence has.
+    longest = max_tokens(profile, config) + 1
+    if not isinstance(original, int) or longest <= original:
+        return []
+    return [
+        f"config.json: LongRoPE has other factors beyond {original} positions, and engines do not agree on when they apply; "
+        f"set max_model_len to at most {original - 1} in a profile of your own"
+    ]
+
+
 def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], temperature: float | None) -> list[str]:
     """Pairs of model and engine that are known not to run."""
     if profile.engine.name not in ENGINES and profile.engine.process == "shared":
@@ -189,18 +214,14 @@ def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], tempera
             return list(error.offenders)
     if profile.engine.name != "vllm":
         return []
-    offenders = []
-    has_experts = bool(config.get("num_experts") or config.get("num_local_experts"))
-    if has_experts and profile.scheme.bits < 8 and not find_gpus():
-        offenders.append(f"vLLM has no {profile.scheme.name} mixture-of-experts kernel for CPUs; serve this model in BF16 or on a GPU")
     try:
         options = parse_options(VllmOptions, profile.engine.options, "vllm")
     except ListedError as error:
-        return [*offenders, *(f"engine.options: {offender}" for offender in error.offenders)]
+        return [f"engine.options: {offender}" for offender in error.offenders]
     vocab_size = config.get("vocab_size")
     # Greedy tokens are scored at temperature 1.
     problem = temperature_problem(options, temperature or 1.0, vocab_size) if isinstance(vocab_size, int) else None
-    return offenders if problem is None else [*offenders, problem]
+    return [] if problem is None else [problem]
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,8 +178,9 @@ class Publisher:
         if self._calibrated is not None and self.calibration:
             self._calibrated.calibrate(self._learner.named_tensors(), self._learner.input_grams(self.calibration))
             self._learner.forget_twins()
-        num_tensors = sum(1 for _ in self._learner.policy.lm.parameters())
-        write_version(path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * num_tensors + 64)
+        write_version(
+            path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * self._learner.num_tensors + 64
+        )
 
     def _measure(self) -> ProbeProbabilities:
         twin = self._learner.score(self._probes, as_twin=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["qwen3", "qwen2", "llama"]
+Family = Literal["qwen3", "qwen2", "llama", "phi3", "qwen3_moe"]
 
 CHARACTERS = "0123456789+-*/=()., abcdefghijklm"
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -30,16 +30,41 @@ def tiny_model(
 ) -> Path:
     """Save a random bf16 checkpoint (`config.json`, `model.safetensors`, char-level `tokenizer.json`) in `folder`.
 
-    `qwen2` has biases on q, k and v and takes its head_dim from hidden_size / num_heads; norms and biases are random
-    too, so that a tensor that gets lost or swapped changes the log-probs. Returns `folder`.
+    `qwen2` has biases on q, k and v; it and `phi3` take their head_dim from hidden_size / num_heads. `phi3` has q, k and v in one matrix,
+    gate and up in another, and rotates half of each head. `qwen3_moe` has four experts of 64 in each layer, two for each token. Norms and
+    biases are random too, so that a tensor that gets lost or swapped changes the log-probs. Returns `folder`.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     classes: dict[str, tuple[Any, Any]] = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "phi3": (Phi3Config, Phi3ForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    }
+    of_family: dict[str, dict[str, Any]] = {
+        "qwen2": {},
+        "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        "qwen3_moe": {
+            "head_dim": head_dim,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
     }
     config_class, model_class = classes[family]
     vocab_size = save_tokenizer(folder)
@@ -55,8 +80,7 @@ def tiny_model(
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
-        **({} if family == "qwen2" else {"head_dim": head_dim}),
-        **(extra_config or {}),
+        **{**of_family.get(family, {"head_dim": head_dim}), **(extra_config or {})},
     )
     generator = torch.Generator().manual_seed(seed)
     model = model_class(config).to(torch.bfloat16)

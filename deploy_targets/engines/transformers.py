@@ -24,6 +24,7 @@ from deploy_targets.engines.requests import (
     response_limits,
 )
 from deploy_targets.errors import EngineError
+from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ class TransformersEngine:
         self._parameters = self._named_parameters()
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:
-        """The parameter behind every name in the weights file, but for quantized layers; a file that transformers renames is refused."""
-        state = self._model.state_dict(keep_vars=True)
+        """The parameter, or the part of one, behind every name in the weights file but for quantized layers; renamed ones are refused."""
+        state = {
+            saved_name: view.detach()
+            for name, tensor in self._model.state_dict(keep_vars=True).items()
+            for saved_name, view in saved_views(name, tensor, self._layout)
+        }
         unknown = [name for name in self._layout if name not in state]
         if unknown:
             raise EngineError(

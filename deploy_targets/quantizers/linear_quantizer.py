@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from deploy_targets.families import ROUTERS, has_experts, is_expert
 from deploy_targets.quantizers.awq import FAMILIES
 from deploy_targets.quantizers.model_files import is_ignored, is_tied_copy, read_config, unmatched_ignores, write_model_files
 
@@ -50,7 +51,7 @@ class LayerWeights(Protocol):
 
 
 class LinearQuantizer:
-    """Base of the quantizers that give every linear layer but the ignored ones the same scheme."""
+    """Base of the quantizers that give every linear layer but the ignored ones, and the routers of experts, the same scheme."""
 
     deterministic = True
 
@@ -60,6 +61,8 @@ class LinearQuantizer:
         self._model_config = model_config
         self._asked_ignore = scheme.ignore or ()
         self._ignore = (HEAD,) if scheme.ignore is None else scheme.ignore
+        if has_experts(model_config):
+            self._ignore = (*self._ignore, *ROUTERS)
 
     @property
     def needs_calibration(self) -> bool:
@@ -104,7 +107,7 @@ class LinearQuantizer:
             out_size = sum(shapes[name][0] for name in quantized)
             if out_size % tile:
                 found.append(f"{fused_name}: the joint output size {out_size} of {', '.join(quantized)} is no multiple of {tile}")
-        return found
+        return found + _expert_offenders(shapes, [name for name in shapes if is_expert(name) and self.quantizes(name)])
 
     def _family_offenders(self) -> list[str]:
         """AWQ has to know what feeds what."""
@@ -151,3 +154,15 @@ class LinearQuantizer:
     def _quantization_config(self, out_dir: Path) -> dict[str, Any]:
         """What a reader of the format needs to know; `out_dir` already holds the weights."""
         raise NotImplementedError
+
+
+def _expert_offenders(shapes: Mapping[str, tuple[int, ...]], quantized: list[str]) -> list[str]:
+    """Experts that are stored as one tensor, and layers of which `scheme.ignore` keeps only some experts."""
+    found = [
+        f"{name} {list(shape)}: experts are quantized one by one, and this checkpoint stores them as one tensor"
+        for name, shape in shapes.items()
+        if is_expert(name) and len(shape) == 3
+    ]
+    some = {name.partition(".experts.")[0] for name in quantized}
+    kept = sorted({name.partition(".experts.")[0] for name in shapes if is_expert(name) and name not in quantized} & some)
+    return found + [f"{layer}.experts: vLLM runs them as one layer, but scheme.ignore keeps only some of their weights" for layer in kept]

@@ -154,7 +154,7 @@ def short_causal_attention(
         key: [batch, num_kv_heads, length, head_dim]; each serves num_heads / num_kv_heads query heads.
         value: Like `key`.
         attention_mask: None for plain causal attention; anything else goes to torch's fused kernel, as do long sequences,
-            decoding with a cache and sliding windows. Not read for a packed batch.
+            decoding with a cache and sliding windows shorter than the sequences. Not read for a packed batch.
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Not applied; the learner trains without.
         packing: Of a packed batch.
@@ -164,7 +164,9 @@ def short_causal_attention(
         [batch, length, num_heads, head_dim] in the dtype of `query`, and no attention weights.
     """
     length = query.shape[2]
-    plain = not any(kwargs.get(name) for name in ("sliding_window", "softcap")) and kwargs.get("s_aux") is None
+    longest = length if packing is None else max(rows.keys.shape[1] for rows in packing.rows)
+    window = kwargs.get("sliding_window")
+    plain = (window is None or longest <= window) and not kwargs.get("softcap") and kwargs.get("s_aux") is None
     plain = plain and value.shape[-1] == query.shape[-1]
     if packing is not None and plain:
         packing.num_layers_used += 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
+from deploy_targets.saved_names import saved_views
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm import corrections, losses, signals
 from hetero_rl.algorithm.discrepancy import GapSums, masked_mean, split_gap
@@ -26,7 +27,7 @@ from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import start_engine
 from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.gram import input_grams
-from hetero_rl.learner.model import check_head, load_causal_lm
+from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.policy import Policy, TokenStats
 from hetero_rl.types import TrainSequence
 
@@ -73,9 +74,10 @@ class Learner:
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
         check_head(lm)
+        self._stored = stored_tensors(lm, model_dir)
         compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
-        self.twins = add_twin(lm, quantizer)
+        self.twins = add_twin(lm, quantizer, self._stored)
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)
@@ -244,7 +246,7 @@ class Learner:
         return [responses[index] for index in range(len(prompts))]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The bf16 weights under the names of a saved checkpoint, one at a time; under ZeRO-3 each is gathered and let go."""
+        """The bf16 weights as a saved checkpoint has them (`saved_views`), one at a time; under ZeRO-3 each is gathered and let go."""
         import deepspeed
 
         output = self.policy.lm.get_output_embeddings()
@@ -254,9 +256,14 @@ class Learner:
                 continue
             if self.config.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters(parameter):
-                    yield name, parameter.detach().clone()
+                    yield from saved_views(name, parameter.detach().clone(), self._stored)
             else:
-                yield name, parameter.detach()
+                yield from saved_views(name, parameter.detach(), self._stored)
+
+    @property
+    def num_tensors(self) -> int:
+        """An upper bound on how many tensors `named_tensors` gives."""
+        return len(self._stored)
 
     def input_grams(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Weight name -> mean of x x^T over the inputs of each quantized layer while the model reads `sequences`; see gram.py."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from deploy_targets.protocols import Quantizer
+from deploy_targets.saved_names import saved_views
 from hetero_rl.learner.compute import FollowingLinear
 
 
@@ -75,18 +77,75 @@ class TwinEmbedding(_Twin, nn.Embedding):
         return nn.functional.embedding(input, self.active_weight(), self.padding_idx)
 
 
-TwinLayer = TwinLinear | TwinEmbedding
+class TwinExperts(nn.Module):
+    """Experts of one layer, fused as transformers runs them: they compute with their weights, or with the rounded ones of each expert.
+
+    The module that computes stays as it is and is called with these weights in place of its own (`torch.func.functional_call`).
+    """
+
+    def __init__(self, experts: nn.Module, weight_names: dict[str, str], quantizer: Quantizer, stored: Container[str]) -> None:
+        """Share the parameters of `experts`, which this module replaces under the same names.
+
+        `weight_names`: name within the module -> name within the model. `stored`: the names of the checkpoint, see `saved_views`.
+        """
+        super().__init__()
+        # In a tuple, so that its parameters are not registered a second time.
+        self._experts = (experts,)
+        self.weight_names, self.quantizer, self.stored = weight_names, quantizer, stored
+        self.as_twin = False
+        self._rounded: dict[str, Tensor] = {}
+        for name, parameter in experts.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the experts make of their arguments."""
+        return functional_call(self._experts[0], {name: self._active(name) for name in self.weight_names}, args, kwargs)
+
+    def _active(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        if not self.as_twin:
+            return weight
+        if name not in self._rounded:
+            with torch.no_grad():
+                self._rounded[name] = self._round(self.weight_names[name], weight)
+        return _StraightThrough.apply(weight, self._rounded[name])  # type: ignore[no-any-return, no-untyped-call]
+
+    def _round(self, name: str, weight: Tensor) -> Tensor:
+        rounded = weight.detach().clone()
+        for saved_name, view in saved_views(name, rounded, self.stored):
+            view.copy_(self.quantizer.dequantized(saved_name, view))
+        return rounded
+
+    def forget(self) -> None:
+        """Drop the rounded weights; due after every change of the weights."""
+        self._rounded = {}
 
 
-def add_twin(model: nn.Module, quantizer: Quantizer) -> list[TwinLayer]:
-    """Replace every linear layer and embedding that `quantizer` quantizes by a twin over the same parameters, in place.
+TwinLayer = TwinLinear | TwinEmbedding | TwinExperts
+
+
+def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = ()) -> list[TwinLayer]:
+    """Replace every linear layer, embedding and layer of experts that `quantizer` quantizes by a twin over the same parameters, in place.
 
     A tied output layer is quantized when its embedding is: a checkpoint holds the one weight under the embedding's name.
+    `stored`: the names of the checkpoint's tensors, which tell whether experts are stored one by one.
     """
     layers: list[TwinLayer] = []
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module_name, module in list(model.named_modules()):
         if type(module) not in (nn.Linear, nn.Embedding):
+            fused = {
+                name: names[parameter]
+                for name, parameter in module.named_parameters(recurse=False)
+                if any(
+                    saved != names[parameter] and quantizer.quantizes(saved)
+                    for saved, _ in saved_views(names[parameter], parameter, stored)
+                )
+            }
+            if fused:
+                experts = TwinExperts(module, fused, quantizer, stored)
+                model.set_submodule(module_name, experts)
+                layers.append(experts)
             continue
         weight_name = names[module.weight]
         if not quantizer.quantizes(weight_name):

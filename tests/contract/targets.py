@@ -18,6 +18,7 @@ from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.protocols import CalibratedQuantizer, Engine, FileQuantizer, Quantizer
 from deploy_targets.quantizers.compressed_weights import quantize_float8, quantize_int8
+from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import weights_name, write_version, write_weights
 
@@ -191,8 +192,10 @@ def reference_logps(target: Target, sequences: list[TokenSequence]) -> NDArray[n
     """The scores of transformers in float32, with the weights that the quantizer says the engine computes with."""
     model = AutoModelForCausalLM.from_pretrained(target.model_dir, dtype=torch.float32)
     with torch.no_grad():
+        stored = target.tensors()
         for name, parameter in model.named_parameters():
-            parameter.copy_(target.quantizer.dequantized(name, parameter))
+            for saved_name, view in saved_views(name, parameter, stored):
+                view.copy_(target.quantizer.dequantized(saved_name, view))
         scheme = target.profile.scheme.name
         if scheme in ROUND_PER_TOKEN:
             for name, module in model.named_modules():

@@ -32,6 +32,7 @@ from tests.contract.targets import (
     random_sequences,
     reference_logps,
 )
+from tests.models import Family
 
 FAMILIES = {"fake", "bf16-transformers", "nf4-transformers", "fp8-vllm", "int4-vllm", "int4-gptq-vllm", "int4-onnx", "q4_k_m-llamacpp"}
 """One or two targets of each family; scripts/test_targets.sh holds the rest against the same tests."""
@@ -304,4 +305,28 @@ def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyMod
         assert all(np.isfinite(generation.logps).all() for generation in generations)
     finally:
         engine.close()
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("profile_name", "family"),
+    [
+        ("bf16-transformers", "phi3"),
+        ("bf16-transformers", "qwen3_moe"),
+        pytest.param("int4-vllm", "phi3", marks=pytest.mark.slow),
+        pytest.param("bf16-vllm", "qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
+def test_fused_layers_and_experts(profile_name: str, family: Family, tiny_models: TinyModels, tmp_path: Path) -> None:
+    target = make_target(profile_name, tiny_models(family, max_position_embeddings=512), tmp_path)
+    engine = target.open(weight_version=1)
+    try:
+        sequences = random_sequences(8)
+        scores = engine.score(sequences)
+        assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
+        engine.update(target.weights(2, 2))
+        assert largest_gap(engine.score(sequences), scores) > 0.05
+        engine.update(target.weights(1, 3))
+        assert largest_gap(engine.score(sequences), scores) == 0
+    finally:
         engine.close()

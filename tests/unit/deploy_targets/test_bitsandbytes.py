@@ -209,6 +209,7 @@ def test_experts_that_transformers_fuses_are_refused_before_anything_starts(tmp_
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(moe_config()))
     names = [f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight" for expert in range(4) for part in ("gate", "up", "down")]
+    names.append("model.layers.0.self_attn.q_proj.weight")
     tensors = {"model.embed_tokens.weight": torch.zeros(36, 64), **{name: torch.zeros(64, 64) for name in names}}
     write_weights(tmp_path / WEIGHTS_FILE, tensors.items(), 64)
     with pytest.raises(PreflightError, match=r"experts\.0\.gate_proj.*, \.\.\.: transformers renames or fuses 12 tensors"):
