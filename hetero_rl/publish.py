@@ -114,8 +114,10 @@ class Publisher:
         return self._calibrated is not None and not self.calibration
 
     def start_calibrated(self, sequences: Sequence[TokenSequence]) -> None:
-        """Serve the same version of the weights rounded by `sequences`; before anything is measured or proven."""
-        self._swap(self.engine.weight_version, sequences)
+        """Serve the same version of the weights rounded by `sequences`; before anything is measured or proven. Raises `EngineError`."""
+        failure, _ = self._swap(self.engine.weight_version, sequences)
+        if failure is not None:
+            raise EngineError(failure)
 
     def calibrate(self, probes: list[TokenSequence], reference_gap: float | None = None) -> float:
         """Choose the proof's probes; the gap on the freshly built engine is the kernels' own, and the reference of later proofs.
