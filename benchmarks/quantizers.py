@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.common import Measurement, arguments, in_turns, measurement, summary, write
 from deploy_targets.profile import SchemeSpec
+from deploy_targets.quantizers.awq import output_error
 from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer
 from deploy_targets.types import WEIGHTS_FILE
 from hetero_rl.learner.fake_quant import TwinLayer, add_twin, twin
@@ -94,14 +95,21 @@ def rounded_by(twins: list[TwinLayer], quantizer: CompressedTensorsQuantizer) ->
         yield
 
 
-def twin_kl(lm: Any, twins: list[TwinLayer], quantizer: CompressedTensorsQuantizer, calibration: Drawn, probe: Drawn) -> float:
+def twin_kl(lm: Any, twins: list[TwinLayer], quantizer: CompressedTensorsQuantizer, probe: Drawn) -> float:
     """Mean KL(model || its rounded twin) per token of the responses in `probe`, nats."""
-    if quantizer.needs_calibration:
-        quantizer.calibrate(lm.named_parameters(), input_grams(lm, twins, calibration.sequences, TOKENS_PER_BATCH))
     plain = response_logps(lm, probe)
     with rounded_by(twins, quantizer):
         served = response_logps(lm, probe)
     return float((plain.exp() * (plain - served)).sum(-1).mean())
+
+
+def layer_error(twins: list[TwinLayer], quantizer: CompressedTensorsQuantizer, grams: Mapping[str, Tensor]) -> float:
+    """Mean over the layers of |E x|^2 / |W x|^2 on the inputs whose mean Gram matrices are `grams`; E is what rounding adds to W."""
+    shares = []
+    for layer in twins:
+        weight, gram = layer.weight.detach().float(), grams[layer.weight_name]
+        shares.append(output_error(quantizer.dequantized(layer.weight_name, weight) - weight, gram) / output_error(weight, gram))
+    return sum(shares) / len(shares)
 
 
 def quantizer_for(model_dir: Path, keys: Mapping[str, Any]) -> CompressedTensorsQuantizer:
@@ -109,27 +117,41 @@ def quantizer_for(model_dir: Path, keys: Mapping[str, Any]) -> CompressedTensors
     return CompressedTensorsQuantizer(scheme, json.loads((model_dir / "config.json").read_text("utf-8")))
 
 
-def quality(lm: Any, model_dir: Path, num_probes: int, rounds: int) -> dict[str, list[float]]:
-    """Scheme -> KL by round; every round draws its own calibration and probe responses, the same for all schemes."""
+def quality(lm: Any, model_dir: Path, num_probes: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Scheme -> KL by round, and error of the layers by round, on the probes.
+
+    Every round draws its own calibration and probe responses, the same for all schemes.
+    """
     tokenizer = load_tokenizer(model_dir)
     task, stops = load_task(ArithmeticConfig(type="arithmetic", digits=3), tokenizer, 0), stop_tokens(model_dir, tokenizer)
     twins = add_twin(lm, quantizer_for(model_dir, {}))
-    found: dict[str, list[float]] = {name: [] for name in SCHEMES}
+    kls: dict[str, list[float]] = {name: [] for name in SCHEMES}
+    errors: dict[str, list[float]] = {name: [] for name in SCHEMES}
     for seed in range(rounds):
         calibration = draw(lm, task, stops, NUM_CALIBRATION_SEQUENCES, 1000 + seed)
         probe = draw(lm, task, stops, num_probes, 2000 + seed)
+        grams, unseen = (input_grams(lm, twins, drawn.sequences, TOKENS_PER_BATCH) for drawn in (calibration, probe))
         for name, keys in SCHEMES.items():
-            found[name].append(twin_kl(lm, twins, quantizer_for(model_dir, keys), calibration, probe))
-    return found
+            quantizer = quantizer_for(model_dir, keys)
+            if quantizer.needs_calibration:
+                quantizer.calibrate(lm.named_parameters(), grams)
+            kls[name].append(twin_kl(lm, twins, quantizer, probe))
+            errors[name].append(layer_error(twins, quantizer, unseen))
+    return kls, errors
 
 
 def seconds(model_dir: Path, rounds: int) -> tuple[dict[str, dict[str, list[float]]], list[float]]:
-    """Scheme -> seconds to calibrate and to quantize the model of `model_dir`; seconds to gather the Gram matrices of 64 x 64 tokens."""
+    """Scheme -> seconds per 100M weights to calibrate and to quantize, on two layers of the model of `model_dir`.
+
+    And the seconds that all of the model takes to gather the Gram matrices of 64 x 64 tokens.
+    """
     from safetensors.torch import load_file
 
     from hetero_rl.learner.model import load_causal_lm
 
-    lm, tensors = load_causal_lm(model_dir), load_file(model_dir / WEIGHTS_FILE)
+    lm = load_causal_lm(model_dir)
+    tensors = {name: tensor for name, tensor in load_file(model_dir / WEIGHTS_FILE).items() if ".layers.0." in name or ".layers.1." in name}
+    per_100m = 1e8 / sum(tensor.numel() for tensor in tensors.values())
     twins = add_twin(lm, quantizer_for(model_dir, {}))
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(3, 36, (NUM_CALIBRATION_SEQUENCES, 65), generator=generator).tolist()
@@ -144,26 +166,27 @@ def seconds(model_dir: Path, rounds: int) -> tuple[dict[str, dict[str, list[floa
         quantizer = quantizer_for(model_dir, keys)
         start = time.perf_counter()
         if quantizer.needs_calibration:
-            quantizer.calibrate(tensors.items(), grams)
+            quantizer.calibrate(tensors.items(), {name: gram for name, gram in grams.items() if name in tensors})
         calibrated = time.perf_counter()
         for _ in quantizer.quantize(tensors.items()):
             pass
-        return {"calibrate": calibrated - start, "quantize": time.perf_counter() - calibrated}
+        return {"calibrate": per_100m * (calibrated - start), "quantize": per_100m * (time.perf_counter() - calibrated)}
 
     gathered = [gather() for _ in range(rounds + 1)][1:]
     runs = in_turns({name: lambda keys=keys: timed(keys) for name, keys in SCHEMES.items()}, rounds, warmups=0)
     return {name: {key: [run[key] for run in done] for key in ("calibrate", "quantize")} for name, done in runs.items()}, gathered
 
 
-def case(name: str, kls: Mapping[str, list[float]], times: Mapping[str, list[float]], millions: float) -> Measurement:
-    """KL of one scheme against round-to-nearest, and its milliseconds per 100M parameters."""
-    spread = {
-        f"{key}_ms_per_100m": dict(zip(("median", "low", "high"), summary([1e5 * s / millions for s in runs]), strict=True))
-        for key, runs in times.items()
-    }
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("median", "low", "high"), summary(values), strict=True))
+
+
+def case(runs: list[float], baseline: list[float], errors: list[float], times: Mapping[str, list[float]]) -> Measurement:
+    """KL of one scheme against round-to-nearest, the error of its layers, and its milliseconds per 100M parameters."""
     return measurement(
-        kls[name], "nats per token, KL(bf16 || INT4)", baseline=kls[BASELINE], inverse=True,
-        ratio_of="KL of symmetric absmax round-to-nearest / this one's", **spread,
+        runs, "nats per token, KL(bf16 || INT4)", baseline=baseline, inverse=True,
+        ratio_of="KL of symmetric absmax round-to-nearest / this one's", layer_error=spread(errors),
+        **{f"{key}_ms_per_100m": spread([1e3 * second for second in taken]) for key, taken in times.items()},
     )  # fmt: skip
 
 
@@ -174,18 +197,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model_dir = resolve_model("demo")
     num_probes = 32 if options.quick else 512
-    kls = quality(load_causal_lm(model_dir), model_dir, num_probes, options.rounds)
+    kls, errors = quality(load_causal_lm(model_dir), model_dir, num_probes, options.rounds)
     with tempfile.TemporaryDirectory() as temporary:
         timed_on = models.tiny(Path(temporary) / "m", quick=True) if options.quick else models.medium(Path(temporary) / "m")
         times, gathered = seconds(timed_on, 2)
         sizes = models.describe(timed_on)
-    millions = sizes["num_parameters"] / 1e6
     settings = {
         "demo": models.describe(model_dir), "group_size": GROUP_SIZE, "calibration_sequences": NUM_CALIBRATION_SEQUENCES,
         "probe_prompts": num_probes, "seeds": list(range(options.rounds)), "timed_on": sizes,
-        "gram_ms_per_100m_for_4096_tokens": [1e5 * s / millions for s in gathered],
+        "gram_ms_for_4096_tokens": [1e3 * second for second in gathered],
     }  # fmt: skip
-    write(options, {name: case(name, kls, times[name], millions) for name in SCHEMES}, "gptq_act_order", settings)
+    cases = {name: case(kls[name], kls[BASELINE], errors[name], times[name]) for name in SCHEMES}
+    write(options, cases, "gptq_act_order", settings)
 
 
 if __name__ == "__main__":
