@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deploy_targets.errors import MissingPackageError, UnknownNameError
+from deploy_targets.families import has_experts
 from deploy_targets.hardware import find_gpus
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine, Quantizer
@@ -61,11 +62,22 @@ def resolve(kind: str, name: str, extra: str) -> Any:
 
 def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
     """Start the profile's engine on a folder in its native format, in this process or in one of its own."""
-    if profile.engine.publish == "rebuild":
+    if is_rebuilt(profile, artifact_dir):
         from deploy_targets.engines.rebuild import RebuildingEngine
 
         return RebuildingEngine(partial(_start_engine, profile), artifact_dir, weight_version)
     return _start_engine(profile, artifact_dir, weight_version)
+
+
+def is_rebuilt(profile: TargetProfile, model_dir: Path) -> bool:
+    """Whether the engine is started anew for every update, as the profile says or as the model needs; reads its `config.json`.
+
+    vLLM 0.32 packs the experts of a model for its CPU kernel once and does not repack them: after a reload in place they are not
+    those that were published (UnquantizedFusedMoEMethod._setup_kernel).
+    """
+    if profile.engine.publish == "rebuild":
+        return True
+    return profile.engine.name == "vllm" and not find_gpus() and has_experts(json.loads((model_dir / "config.json").read_text("utf-8")))
 
 
 def _start_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:

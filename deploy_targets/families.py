@@ -1,7 +1,8 @@
 """Which models this project can train and serve, told from `config.json` and the names of the tensors alone.
 
 No list of names: a decoder whose checkpoint is laid out as Llama's (`model.embed_tokens`, `model.layers.N.self_attn`, linear layers stored
-[out, in]) is taken, and the proof at the start of a run holds its numbers against the engine's. Tested: Llama, Qwen2, Qwen3, Qwen3-MoE, Phi-3.
+[out, in]) is taken, and the proof at the start of a run holds its numbers against the engine's. Tested: Llama, Qwen2, Qwen3, Qwen3-MoE
+and Phi-3.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ def family_offenders(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         return []
     if EMBEDDING not in shapes:
         return [
-            f"{kind}: its checkpoint has no {EMBEDDING} and names layers its own way (e.g. {min(shapes)}), so how they are stored is unknown; "
-            "choose a decoder that is laid out as Llama, Qwen or Phi-3 are"
+            f"{kind}: its checkpoint has no {EMBEDDING} and names layers its own way (e.g. {min(shapes)}), so how they are stored is "
+            "unknown; choose a decoder that is laid out as Llama, Qwen or Phi-3 are"
         ]
     with_attention = {name.split(".")[2] for name in shapes if name.startswith("model.layers.") and ".self_attn." in name}
     without = [str(layer) for layer in range(int(config.get("num_hidden_layers") or 0)) if str(layer) not in with_attention]
     if without:
-        return [f"{kind}: layers {', '.join(without)} have no self_attn (a state-space or linear-attention model); choose a plain transformer"]
+        return [
+            f"{kind}: layers {', '.join(without)} have no self_attn (a state-space or linear-attention model); choose a plain transformer"
+        ]
     return []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy_targets.catalog import make_quantizer
+from deploy_targets.catalog import is_rebuilt, make_quantizer
 from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling
@@ -94,7 +94,7 @@ def assemble(
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
         learner.load(checkpoint)
-    anew = ", and anew for every update: it cannot swap weights while it runs" if profile.engine.publish == "rebuild" else ""
+    anew = ", and anew for every update: it cannot swap weights while it runs" if is_rebuilt(profile, model_dir) else ""
     view.phase(f"starting the engine of {profile.name}{anew}")
     publisher = Publisher(learner, quantizer, profile, model_dir, serving, 0 if state is None else state.weight_version)
     stack.callback(publisher.close)

@@ -58,7 +58,13 @@ def tiny_model(
     of_family: dict[str, dict[str, Any]] = {
         "qwen2": {},
         "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
-        "qwen3_moe": {"head_dim": head_dim, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+        "qwen3_moe": {
+            "head_dim": head_dim,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
     }
     config_class, model_class = classes[family]
     vocab_size = save_tokenizer(folder)

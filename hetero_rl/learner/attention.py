@@ -164,7 +164,8 @@ def short_causal_attention(
         [batch, length, num_heads, head_dim] in the dtype of `query`, and no attention weights.
     """
     length = query.shape[2]
-    longest = length if packing is None else max(rows.keys.shape[1] for rows in packing.rows)
+    # Whether packed batches are followed is found out once, on a short one: for all that may come.
+    longest = length if packing is None else LONGEST_PACKED
     window = kwargs.get("sliding_window")
     plain = (window is None or longest <= window) and not kwargs.get("softcap") and kwargs.get("s_aux") is None
     plain = plain and value.shape[-1] == query.shape[-1]

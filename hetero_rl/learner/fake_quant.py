@@ -137,7 +137,10 @@ def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = ()
             fused = {
                 name: names[parameter]
                 for name, parameter in module.named_parameters(recurse=False)
-                if any(saved != names[parameter] and quantizer.quantizes(saved) for saved, _ in saved_views(names[parameter], parameter, stored))
+                if any(
+                    saved != names[parameter] and quantizer.quantizes(saved)
+                    for saved, _ in saved_views(names[parameter], parameter, stored)
+                )
             }
             if fused:
                 experts = TwinExperts(module, fused, quantizer, stored)

@@ -71,7 +71,9 @@ def stored_tensors(lm: Any, model_dir: Path) -> frozenset[str]:
         with safe_open(file, "pt") as tensors:
             for name in split & set(tensors.keys()):
                 if not torch.equal(held[name], tensors.get_tensor(name).to(held[name].dtype)):
-                    raise UsageError(f"{type(lm).__name__} does not hold {name} as it is stored, so it cannot be published; choose another model")
+                    raise UsageError(
+                        f"{type(lm).__name__} does not hold {name} as it is stored, so it cannot be published; choose another model"
+                    )
     return stored
 
 

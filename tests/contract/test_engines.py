@@ -286,13 +286,35 @@ def test_weights_that_are_not_finite_never_become_a_file(target: Target, tmp_pat
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
-    model_dir = tiny_models("qwen2", tied=True, max_position_embeddings=512)
-    target = make_target(name, model_dir, tmp_path)
+    check_engine(make_target(name, tiny_models("qwen2", tied=True, max_position_embeddings=512), tmp_path))
+
+
+def on(names: list[str], always: set[str]) -> list[object]:
+    """Parameters for `names`; a vLLM target is slow, and all but those in `always` are variants."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * ("vllm" in name) + [pytest.mark.variant] * (name not in always)) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", on(["bf16-transformers", "bf16-vllm", "fp8-vllm", "int8-vllm", "int4-vllm"], always={"bf16-transformers", "int4-vllm"})
+)
+def test_a_model_with_fused_layers_partial_rotation_and_a_window(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_engine(make_target(name, tiny_models("phi3", extra_config={"sliding_window": 12}), tmp_path))
+
+
+@pytest.mark.parametrize("name", on(["bf16-transformers", "bf16-vllm", "fp16-vllm"], always={"bf16-transformers", "bf16-vllm"}))
+def test_a_mixture_of_experts(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_engine(make_target(name, tiny_models("qwen3_moe"), tmp_path))
+
+
+def check_engine(target: Target) -> None:
+    """Scores are those of the dequantized model, updates take effect and can be taken back exactly."""
     engine = target.open(weight_version=1)
     try:
         sequences = random_sequences(8)
         scores = engine.score(sequences)
-        if name != "fake":
+        if target.profile.name != "fake":
             assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
         engine.update(target.weights(2, 2))
         assert largest_gap(engine.score(sequences), scores) > 0.05
