@@ -44,7 +44,9 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
             "managed_gradient_accumulation": False,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": True, "check_grad_overflow": True},
-            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+            # By default DeepSpeed takes the experts' blocks as wholes, once made for experts that a pass may leave out; fused ones never
+            # are. Its hooks on such a block fail where learner and twin both run in one pass.
+            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "leaf_module": {"classes": []}},
             "zero_allow_untested_optimizer": True,
             "optimizer": {
                 "type": "AdamW",

@@ -32,7 +32,6 @@ from tests.contract.targets import (
     random_sequences,
     reference_logps,
 )
-from tests.models import Family
 
 FAMILIES = {"fake", "bf16-transformers", "nf4-transformers", "fp8-vllm", "int4-vllm", "int4-gptq-vllm", "int4-onnx", "q4_k_m-llamacpp"}
 """One or two targets of each family; scripts/test_targets.sh holds the rest against the same tests."""
@@ -289,13 +288,35 @@ def test_weights_that_are_not_finite_never_become_a_file(target: Target, tmp_pat
 
 
 def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
-    model_dir = tiny_models("qwen2", tied=True, max_position_embeddings=512)
-    target = make_target(name, model_dir, tmp_path)
+    check_engine(make_target(name, tiny_models("qwen2", tied=True, max_position_embeddings=512), tmp_path))
+
+
+def on(names: list[str], always: set[str]) -> list[object]:
+    """Parameters for `names`; a vLLM target is slow, and all but those in `always` are variants."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * ("vllm" in name) + [pytest.mark.variant] * (name not in always)) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "profile_name", on(["bf16-transformers", "bf16-vllm", "fp8-vllm", "int8-vllm", "int4-vllm"], always={"bf16-transformers", "int4-vllm"})
+)
+def test_a_model_with_fused_layers_partial_rotation_and_a_window(profile_name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_engine(make_target(profile_name, tiny_models("phi3", extra_config={"sliding_window": 12}), tmp_path))
+
+
+@pytest.mark.parametrize("profile_name", on(["bf16-transformers", "bf16-vllm", "fp16-vllm"], always={"bf16-transformers", "bf16-vllm"}))
+def test_a_mixture_of_experts(profile_name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_engine(make_target(profile_name, tiny_models("qwen3_moe"), tmp_path))
+
+
+def check_engine(target: Target) -> None:
+    """Scores are those of the dequantized model, updates take effect and can be taken back exactly."""
     engine = target.open(weight_version=1)
     try:
         sequences = random_sequences(8)
         scores = engine.score(sequences)
-        if name != "fake":
+        if target.profile.name != "fake":
             assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
         engine.update(target.weights(2, 2))
         assert largest_gap(engine.score(sequences), scores) > 0.05
@@ -305,28 +326,4 @@ def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyMod
         assert all(np.isfinite(generation.logps).all() for generation in generations)
     finally:
         engine.close()
-        engine.close()
-
-
-@pytest.mark.parametrize(
-    ("profile_name", "family"),
-    [
-        ("bf16-transformers", "phi3"),
-        ("bf16-transformers", "qwen3_moe"),
-        pytest.param("int4-vllm", "phi3", marks=pytest.mark.slow),
-        pytest.param("bf16-vllm", "qwen3_moe", marks=pytest.mark.slow),
-    ],
-)
-def test_fused_layers_and_experts(profile_name: str, family: Family, tiny_models: TinyModels, tmp_path: Path) -> None:
-    target = make_target(profile_name, tiny_models(family, max_position_embeddings=512), tmp_path)
-    engine = target.open(weight_version=1)
-    try:
-        sequences = random_sequences(8)
-        scores = engine.score(sequences)
-        assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
-        engine.update(target.weights(2, 2))
-        assert largest_gap(engine.score(sequences), scores) > 0.05
-        engine.update(target.weights(1, 3))
-        assert largest_gap(engine.score(sequences), scores) == 0
-    finally:
         engine.close()
