@@ -1,4 +1,4 @@
-"""Models of other families than the demo's, trained and exported by the command line. Tiny and random: they learn nothing in three steps."""
+"""Models of other families than the demo's, trained and exported by the command line. Tiny and random: they learn nothing."""
 
 from __future__ import annotations
 
