@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hetero_rl.config import LearnerConfig
+from hetero_rl.learner.fake_quant import TwinExperts
 from hetero_rl.learner.policy import Policy
 
 
@@ -44,9 +45,7 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
             "managed_gradient_accumulation": False,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": True, "check_grad_overflow": True},
-            # By default DeepSpeed takes the experts' blocks as wholes, once made for experts that a pass may leave out; fused ones never
-            # are. Its hooks on such a block fail where learner and twin both run in one pass.
-            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "leaf_module": {"classes": []}},
+            "zero_optimization": _zero(policy, config.zero_stage),
             "zero_allow_untested_optimizer": True,
             "optimizer": {
                 "type": "AdamW",
@@ -62,6 +61,14 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
         },
     )
     return engine
+
+
+def _zero(policy: Policy, stage: int) -> dict[str, Any]:
+    if stage < 3 or not any(isinstance(layer, TwinExperts) for layer in policy.twins):
+        return {"stage": stage, "overlap_comm": False}
+    # By default DeepSpeed takes the block around the experts as a whole, made for experts that a pass may leave out; fused ones never are.
+    # Its hooks on such a block fail where learner and twin both run in one pass. (It warns that no module is taken so: that is meant.)
+    return {"stage": stage, "overlap_comm": False, "leaf_module": {"classes": []}}
 
 
 def _join_process_group(backend: str) -> None:
