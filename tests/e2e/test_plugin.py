@@ -67,6 +67,7 @@ def test_it_trains_exports_and_verifies(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_it_passes_the_contract_suite(path: str, tmp_path: Path) -> None:
     command = [
         sys.executable,

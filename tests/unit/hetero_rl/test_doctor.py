@@ -13,7 +13,11 @@ from hetero_rl.doctor import check_table
 
 def test_the_extra_to_install_is_not_taken_for_markup(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
-    mine.write_text(profile_text("int4-onnx").replace('packages = ["onnxruntime"]', 'packages = ["no_such_runtime"]'))
+    changes = {'name = "int4-onnx"': 'name = "mine"', 'packages = ["onnxruntime"]': 'packages = ["no_such_runtime"]'}
+    text = profile_text("int4-onnx")
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    mine.write_text(text)
     table, runnable = check_table(str(mine))
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
