@@ -14,6 +14,8 @@ from torch import Tensor
 
 SYMMETRIC_ZERO = 8
 _TOP = 15
+_VALUES_AT_ONCE = 1 << 19
+"""What rounding needs in between, some float32 numbers for each of these, stays in the caches of a core."""
 _SHRINK = tuple(1.08 - 0.04 * step for step in range(16))
 """Factors of the largest absolute value (or of the range) that the search for the least square error tries, 1.08 to 0.48.
 
@@ -85,6 +87,18 @@ def nearest(weight: Tensor, grid: Grid) -> Int4Matrix:
     """The nearest values of `grid` to `weight` float32 [out, in]."""
     groups = weight.view(*grid.scales.shape, -1)
     return Int4Matrix(_values(groups, grid).to(torch.uint8).view(weight.shape), grid)
+
+
+def round_to_nearest(weight: Tensor, rule: GridRule, gram: Tensor | None = None) -> Int4Matrix:
+    """The nearest values to `weight` [out, in] on the grid that `find_grid` finds for it, some rows at a time."""
+    parts = []
+    for rows in weight.split(max(1, _VALUES_AT_ONCE // weight.shape[1])):
+        rows = rows.float()
+        parts.append(nearest(rows, find_grid(rows, rule, gram)))
+    if len(parts) == 1:
+        return parts[0]
+    grid = Grid(torch.cat([part.grid.scales for part in parts]), torch.cat([part.grid.zeros for part in parts]))
+    return Int4Matrix(torch.cat([part.values for part in parts]), grid)
 
 
 def pack_nibbles(values: Tensor) -> Tensor:

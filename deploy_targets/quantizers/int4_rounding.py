@@ -13,7 +13,7 @@ from torch import Tensor
 from deploy_targets.errors import WeightsError
 from deploy_targets.quantizers.awq import Fold, folds, search_scales
 from deploy_targets.quantizers.gptq import gptq, inverse_factor
-from deploy_targets.quantizers.int4_grid import GridRule, Int4Matrix, find_grid, nearest
+from deploy_targets.quantizers.int4_grid import GridRule, Int4Matrix, find_grid, nearest, round_to_nearest
 
 if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
@@ -116,8 +116,7 @@ class Int4Rounding:
         """The values and the grid of `weight` [out, in], which is folded here."""
         folded = self.folded(name, weight)
         if name not in self._factors:
-            weight = folded.float()
-            return nearest(weight, find_grid(weight, self.rule, self._grams.get(name)))
+            return round_to_nearest(folded, self.rule, self._grams.get(name))
         # A publish asks twice, for the file and for the twin, and rounding by GPTQ takes seconds.
         digest = hashlib.sha256(folded.contiguous().view(torch.uint8).cpu().numpy().data).digest()
         known, matrix = self._rounded.get(name, (b"", None))
