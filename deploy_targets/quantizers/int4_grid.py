@@ -92,7 +92,7 @@ def nearest(weight: Tensor, grid: Grid) -> Int4Matrix:
 def round_to_nearest(weight: Tensor, rule: GridRule, gram: Tensor | None = None) -> Int4Matrix:
     """The nearest values to `weight` [out, in] on the grid that `find_grid` finds for it, some rows at a time."""
     parts = []
-    for rows in weight.split(max(1, _VALUES_AT_ONCE // weight.shape[1])):
+    for rows in torch.split(weight, max(1, _VALUES_AT_ONCE // weight.shape[1])):
         rows = rows.float()
         parts.append(nearest(rows, find_grid(rows, rule, gram)))
     if len(parts) == 1:
