@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deploy_targets.quantizers.rows import rows_in_caches
+
 SYMMETRIC_ZERO = 8
 _TOP = 15
 _WHOLE = 1.5 * 2.0**23
 """A float32 near this number is whole, so that adding this rounds a small number to the nearest whole one (ties to even); the whole
 number then stands in the lowest bits of the sum."""
-_VALUES_AT_ONCE = 1 << 19
-"""What rounding needs in between, some float32 numbers for each of these, stays in the caches of a core."""
 _SHRINK = tuple(1.08 - 0.04 * step for step in range(16))
 """Factors of the largest absolute value (or of the range) that the search for the least square error tries, 1.08 to 0.48.
 
@@ -57,8 +57,12 @@ class Int4Matrix:
 
     def dequantized(self) -> Tensor:
         """(value - zero) * scale, rounded to bf16: bf16 [out, in], the matrix that the kernels multiply with."""
-        groups = self.values.view(*self.grid.scales.shape, -1).float().sub_(self.grid.zeros.unsqueeze(-1))
-        return groups.mul_(self.grid.scales.unsqueeze(-1)).view(self.values.shape).to(torch.bfloat16)
+        served = torch.empty(self.values.shape, dtype=torch.bfloat16, device=self.values.device)
+        for rows in rows_in_caches(served):
+            scales, zeros = self.grid.scales[rows].unsqueeze(-1), self.grid.zeros[rows].unsqueeze(-1)
+            groups = self.values[rows].view(*scales.shape[:-1], -1).float()
+            served[rows] = groups.sub_(zeros).mul_(scales).flatten(1)
+        return served
 
 
 def find_grid(weight: Tensor, rule: GridRule, gram: Tensor | None = None) -> Grid:
@@ -96,9 +100,9 @@ def nearest(weight: Tensor, grid: Grid) -> Int4Matrix:
 def round_to_nearest(weight: Tensor, rule: GridRule, gram: Tensor | None = None) -> Int4Matrix:
     """The nearest values to `weight` [out, in] on the grid that `find_grid` finds for it, some rows at a time."""
     parts = []
-    for rows in torch.split(weight, max(1, _VALUES_AT_ONCE // weight.shape[1])):
-        rows = rows.float()
-        parts.append(nearest(rows, find_grid(rows, rule, gram)))
+    for rows in rows_in_caches(weight):
+        some = weight[rows].float()
+        parts.append(nearest(some, find_grid(some, rule, gram)))
     if len(parts) == 1:
         return parts[0]
     grid = Grid(torch.cat([part.grid.scales for part in parts]), torch.cat([part.grid.zeros for part in parts]))

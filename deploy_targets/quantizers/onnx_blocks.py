@@ -9,8 +9,9 @@ always lands on code 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from deploy_targets.quantizers.rows import rows_in_caches
 
 if TYPE_CHECKING:
     import torch
@@ -29,21 +30,22 @@ def quantize_blocks(weight: torch.Tensor, group_size: int, bits: int) -> tuple[t
     """
     import torch
 
+    codes = torch.empty(weight.shape[0], weight.shape[1] // group_size, group_size, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(codes.shape[:-1], dtype=weight.dtype, device=weight.device)
+    for rows in rows_in_caches(weight):
+        codes[rows], scales[rows] = _quantize_rows(weight[rows].float().view(codes[rows].shape), weight.dtype, bits)
+    return codes, scales
+
+
+def _quantize_rows(blocks: torch.Tensor, scale_dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     offset = 1 << bits - 1
-    blocks = weight.float().reshape(weight.shape[0], -1, group_size)
-    low, high = _along_blocks(torch.minimum, blocks), _along_blocks(torch.maximum, blocks)
-    scales = (torch.where(high.abs() > low.abs(), high, low) / -offset).to(weight.dtype)
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)  # torch.aminmax is several times slower over so short a dimension
+    scales = (torch.where(high.abs() > low.abs(), high, low) / -offset).to(scale_dtype)
     reciprocal = torch.where(scales == 0, 0.0, scales.float().reciprocal())
     shifted = (blocks * reciprocal.unsqueeze(-1)).add_(offset)
     return shifted.add_(0.5).clamp_(0, 2 * offset - 1).to(torch.uint8), scales
-
-
-def _along_blocks(pick: Callable[..., torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """Reduce the last dimension by halving it; torch's own reductions are several times slower over so short a dimension."""
-    while blocks.shape[-1] > 1:
-        half = blocks.shape[-1] // 2
-        blocks = pick(blocks[..., :half], blocks[..., half:])
-    return blocks.squeeze(-1)
 
 
 def pack_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -56,6 +58,11 @@ def pack_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return (pairs | pairs >> 4).to(torch.uint8)
 
 
-def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The float32 weight [N, K] that MatMulNBits computes with: (code - offset) * scale."""
-    return ((codes.float() - (1 << bits - 1)) * scales.float().unsqueeze(-1)).flatten(-2)
+def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] that MatMulNBits computes with: (code - offset) * scale in float32, rounded to `dtype`."""
+    import torch
+
+    weight = torch.empty(codes.shape[0], codes.shape[1] * codes.shape[2], dtype=dtype, device=codes.device)
+    for rows in rows_in_caches(weight):
+        weight[rows] = codes[rows].float().sub_(1 << bits - 1).mul_(scales[rows].float().unsqueeze(-1)).flatten(1)
+    return weight

@@ -98,7 +98,7 @@ class OnnxMatMulNBitsQuantizer:
         if not self.quantizes(name):
             return weight
         codes, scales = quantize_blocks(weight.to(self._dtype), self.group_size, self.scheme.bits)
-        return dequantize_blocks(codes, scales, self.scheme.bits).to(weight.dtype)
+        return dequantize_blocks(codes, scales, self.scheme.bits, weight.dtype)
 
     def scaffold(self, model_dir: Path, out_dir: Path) -> None:
         """Write graph, genai config and tokenizer into `out_dir`; every weight of the graph points into its `model.safetensors`.

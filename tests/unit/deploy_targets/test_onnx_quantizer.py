@@ -104,7 +104,7 @@ def test_dequantized_is_what_the_runtime_computes_with(bits: int) -> None:
     session = ort.InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
     feed = {"in": np.eye(128, dtype=np.float32), "codes": pack_blocks(codes, bits).numpy(), "scales": scales.numpy()}
     (unpacked,) = session.run(None, feed)
-    np.testing.assert_array_equal(dequantize_blocks(codes, scales, bits).numpy(), unpacked.T)
+    np.testing.assert_array_equal(dequantize_blocks(codes, scales, bits, torch.float32).numpy(), unpacked.T)
 
 
 @pytest.mark.parametrize(("options", "steps"), [({}, 8), ({"name": "W8A16"}, 128), ({"provider": "cuda"}, 8)])
