@@ -12,15 +12,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from deploy_targets.engines.draws import Draws, score_tokens
 from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
-from deploy_targets.engines.llamacpp_decode import logits_of, sample_batch
+from deploy_targets.engines.llamacpp_decode import ContextSlots, logits_of
 from deploy_targets.engines.requests import EngineOptions, check_sequences, compare_layouts, parse_options, read_limits, response_limits
+from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import ArtifactError, EngineError
 from deploy_targets.gguf_file import GGUF_FILE, GgufHeader, read_gguf
 from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -111,23 +110,12 @@ class LlamaCppEngine:
         self._check_open()
         keys = [tuple(int(token) for token in prompt) for prompt in prompts]
         response_limits(keys, sampling.max_tokens, self._max_model_len, self._vocab_size)
-        uniforms = np.random.default_rng(sampling.seed).random((len(keys), sampling.max_tokens))
-        # By length, so that a batch advances together; the sort is stable and keeps equal neighbours together.
-        order = np.array(sorted(range(len(keys)), key=lambda i: len(keys[i])), np.int64)
-        num_batches = -(-len(keys) // (self.options.max_batch_size * self._num_batches)) * self._num_batches
-        batches = [part for part in np.array_split(order, max(1, num_batches)) if len(part)]
+        parts = batches(keys, sampling, self.options.max_batch_size, self._num_batches)
 
-        def draw(context: Context, part: NDArray[np.int64]) -> Draws:
-            return sample_batch(context, [keys[i] for i in part], sampling, uniforms[part], self._max_model_len)
+        def draw(context: Context, batch: Batch) -> Draws:
+            return sample_batch(ContextSlots(context), batch, sampling, self._max_model_len)
 
-        found: dict[int, Generation] = {}
-        for part, draws in zip(batches, self._map(draw, batches), strict=True):
-            for row, i in enumerate(part):
-                count = draws.counts[row]
-                tokens, logps = draws.tokens[row, :count].copy(), draws.logps[row, :count].copy()
-                reason: Literal["stop", "length"] = "stop" if tokens[-1] in sampling.stop_token_ids else "length"
-                found[int(i)] = Generation(keys[i], tokens, logps, self.weight_version, sampling.temperature, reason)
-        return [found[i] for i in range(len(keys))]
+        return generations(parts, self._map(draw, parts), sampling, self.weight_version)
 
     def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
         """Teacher-forced log-probs of the response tokens, by the same matrix products that generate.

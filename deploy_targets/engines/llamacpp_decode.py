@@ -1,4 +1,4 @@
-"""Batches of sequences through one llama.cpp context: teacher-forced logits, and a sampling loop over slots that stay dense."""
+"""Batches of sequences through one llama.cpp context: teacher-forced logits, and its slots for the sampling loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy_targets.engines.draws import Draws, pick_tokens
 from deploy_targets.engines.llamacpp_context import Context, passes
-from deploy_targets.types import Sampling
 
 
 def logits_of(
@@ -36,66 +34,41 @@ def logits_of(
     return np.split(np.concatenate(parts), np.cumsum(counts)[:-1])
 
 
-def sample_batch(
-    context: Context,
-    prompts: Sequence[tuple[int, ...]],
-    sampling: Sampling,
-    uniforms: NDArray[np.float64],
-    max_model_len: int,
-) -> Draws:
-    """Sample one response per prompt, at most as many as the context has slots; equal neighbours share their prefill.
+class ContextSlots:
+    """The slots of a context, see `sampling_loop.Slots`; a batch may have as many prompts as there are slots."""
 
-    `uniforms` [num_prompts, max_tokens] decide the draws.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    budgets = np.minimum(sampling.max_tokens, max_model_len - lengths)
-    draws = Draws(
-        np.zeros((len(prompts), sampling.max_tokens), np.int32),
-        np.zeros((len(prompts), sampling.max_tokens), np.float32),
-        np.zeros(len(prompts), np.int64),
-    )
-    rows, logits = _fill(context, prompts)  # which prompt each slot serves
-    lengths = lengths[rows]
-    stops = np.array(sampling.stop_token_ids, np.int64)
-    for count in range(1, sampling.max_tokens + 1):
-        tokens, logps = pick_tokens(logits, sampling.temperature, uniforms[rows, count - 1])
-        draws.tokens[rows, count - 1] = tokens
-        draws.logps[rows, count - 1] = logps
-        finished = np.isin(tokens, stops) | (budgets[rows] <= count)
-        if finished.any():
-            draws.counts[rows[finished]] = count
-            num_live = int((~finished).sum())
-            if num_live == 0:
-                break
-            # The slots of a pass must follow each other: the last live ones move to where others have finished.
-            holes = np.flatnonzero(finished[:num_live])
-            movers = num_live + np.flatnonzero(~finished[num_live:])
-            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-                context.copy(mover, hole)
-            for slot in range(num_live, len(rows)):
-                context.drop(slot)
-            for column in (rows, lengths, tokens):
-                column[holes] = column[movers]
-            rows, lengths, tokens = rows[:num_live], lengths[:num_live], tokens[:num_live]
-        logits = context.feed(tokens, lengths, np.arange(len(rows)), np.ones(len(rows)))
-        lengths = lengths + 1
-    return draws
+    def __init__(self, context: Context) -> None:
+        """Use all slots of `context`."""
+        self._context = context
+        self._num_used = 0
 
+    def fill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Put each distinct prompt into a slot, and copies behind them."""
+        starts, first = [], 0
+        for _, same in groupby(prompts):
+            starts.append(first)
+            first += len(list(same))
+        distinct = [prompts[i] for i in starts]
+        parts: list[NDArray[np.float32]] = []
+        for chunk in passes([len(prompt) for prompt in distinct], self._context.size.batch_tokens, len(distinct)):
+            part = [distinct[i] for i in chunk]
+            parts += logits_of(self._context, part, [len(prompt) - 1 for prompt in part], chunk.start)
+        sources = np.repeat(np.arange(len(distinct)), np.diff([*starts, len(prompts)]))
+        others = np.setdiff1d(np.arange(len(prompts)), starts)
+        for slot, other in enumerate(others, len(distinct)):
+            self._context.copy(int(sources[other]), slot)
+        rows = np.concatenate([np.array(starts, np.int64), others])
+        self._num_used = len(rows)
+        return rows, np.concatenate(parts)[sources[rows]]
 
-def _fill(context: Context, prompts: Sequence[tuple[int, ...]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Put each distinct prompt into a slot and copies behind them; which prompt is in each slot, and the logits after it."""
-    starts, first = [], 0
-    for _, same in groupby(prompts):
-        starts.append(first)
-        first += len(list(same))
-    distinct = [prompts[i] for i in starts]
-    parts: list[NDArray[np.float32]] = []
-    for chunk in passes([len(prompt) for prompt in distinct], context.size.batch_tokens, len(distinct)):
-        part = [distinct[i] for i in chunk]
-        parts += logits_of(context, part, [len(prompt) - 1 for prompt in part], chunk.start)
-    sources = np.repeat(np.arange(len(distinct)), np.diff([*starts, len(prompts)]))
-    others = np.setdiff1d(np.arange(len(prompts)), starts)
-    for slot, other in enumerate(others, len(distinct)):
-        context.copy(int(sources[other]), slot)
-    rows = np.concatenate([np.array(starts, np.int64), others])
-    return rows, np.concatenate(parts)[sources[rows]]
+    def keep(self, num_live: int, holes: NDArray[np.int64], movers: NDArray[np.int64]) -> None:
+        """Move sequences within the context, and forget those that are over."""
+        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+            self._context.copy(mover, hole)
+        for slot in range(num_live, self._num_used):
+            self._context.drop(slot)
+        self._num_used = num_live
+
+    def step(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One pass over one token of each slot."""
+        return self._context.feed(tokens, lengths, np.arange(len(tokens)), np.ones(len(tokens)))

@@ -15,12 +15,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploy_targets.engines.draws import Draws
+from deploy_targets.engines.draws import Draws, score_tokens
 from deploy_targets.engines.environment import num_usable_cores
-from deploy_targets.engines.onnx_decode import chunks_by_tokens, sample_batch
+from deploy_targets.engines.onnx_decode import CacheSlots, chunks_by_tokens
 from deploy_targets.engines.onnx_graph import Graph
 from deploy_targets.engines.onnx_options import CPU_PROVIDER, OnnxRuntimeOptions, provider_problem
 from deploy_targets.engines.requests import check_sequences, parse_options, response_limits
+from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import EngineError, ProfileError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
@@ -65,27 +66,20 @@ class OnnxRuntimeEngine:
         self._check_open()
         keys = [tuple(int(token) for token in prompt) for prompt in prompts]
         response_limits(keys, sampling.max_tokens, self._max_model_len, self.graph.vocab_size)
-        uniforms = np.random.default_rng(sampling.seed).random((len(keys), sampling.max_tokens))
-        # By length, so that a batch pads little; the sort is stable and keeps equal neighbours together.
-        order = np.array(sorted(range(len(keys)), key=lambda i: len(keys[i])), np.int64)
-        num_batches = -(-len(keys) // (self.options.max_batch_size * self._num_batches)) * self._num_batches
-        batches = [part for part in np.array_split(order, max(1, num_batches)) if len(part)]
+        parts = batches(keys, sampling, self.options.max_batch_size, self._num_batches)
 
-        def draw(part: NDArray[np.int64]) -> Draws:
-            rows = [keys[i] for i in part]
-            limits = (self._max_model_len, self._tokens_per_pass())
-            in_place = self.options.execution_provider == CPU_PROVIDER
-            return sample_batch(self.graph, self._session, rows, sampling, uniforms[part], *limits, in_place=in_place)
+        def draw(batch: Batch) -> Draws:
+            longest = min(self._max_model_len, max(map(len, batch.prompts)) + sampling.max_tokens)
+            slots = CacheSlots(
+                self.graph,
+                self._session,
+                longest,
+                self._tokens_per_pass(),
+                in_place=self.options.execution_provider == CPU_PROVIDER,
+            )
+            return sample_batch(slots, batch, sampling, self._max_model_len)
 
-        found: dict[int, Generation] = {}
-        for part, draws in zip(batches, self._map(draw, batches), strict=True):
-            for row, i in enumerate(part):
-                count = draws.counts[row]
-                tokens = draws.tokens[row, :count].copy()
-                reason = "stop" if tokens[-1] in sampling.stop_token_ids else "length"
-                logps = draws.logps[row, :count].copy()
-                found[int(i)] = Generation(keys[i], tokens, logps, self.weight_version, sampling.temperature, reason)  # type: ignore[arg-type]
-        return [found[i] for i in range(len(keys))]
+        return generations(parts, self._map(draw, parts), sampling, self.weight_version)
 
     def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
         """Teacher-forced log-probs of the response tokens, through the graph that also generates.
@@ -115,14 +109,8 @@ class OnnxRuntimeEngine:
             del self._session, self._weights
 
     def _scores(self, logits: NDArray[np.floating[Any]], sequence: TokenSequence, temperature: float) -> TokenScores:
-        responses = np.asarray(sequence.tokens[sequence.prompt_len :])
-        scaled = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1].astype(np.float32, copy=False)
-        greedy = scaled.argmax(axis=1).astype(np.int32)
-        with np.errstate(invalid="ignore"):  # a non-finite logit becomes a NaN log-prob
-            scaled = (scaled - scaled.max(axis=1, keepdims=True)) / temperature
-            totals = np.exp(scaled).sum(axis=1, dtype=np.float64)
-            logps = scaled[np.arange(len(responses)), responses] - np.log(totals)
-        return TokenScores(logps.astype(np.float32), greedy, self.weight_version, temperature)
+        rows = logits[sequence.prompt_len - 1 : len(sequence.tokens) - 1].astype(np.float32, copy=False)
+        return TokenScores(*score_tokens(rows, sequence.tokens[sequence.prompt_len :], temperature), self.weight_version, temperature)
 
     def _tokens_per_pass(self) -> int:
         return min(_TOKENS_PER_PASS, max(1, _LOGITS_PER_PASS // self.graph.vocab_size))

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deploy_targets.catalog import make_quantizer
-from deploy_targets.engines.onnx_decode import sample_batch
+from deploy_targets.engines.onnx_decode import CacheSlots
 from deploy_targets.engines.onnxruntime import OnnxRuntimeEngine
+from deploy_targets.engines.sampling_loop import batches, sample_batch
 from deploy_targets.errors import ProfileError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.preflight import check_target
@@ -116,9 +117,11 @@ def test_a_cache_that_is_copied_at_every_step_gives_the_same_tokens(
     engine = OnnxRuntimeEngine(make_artifact(tiny_models("llama", weight_std=0.1), tmp_path, **options), OPTIONS, 3)
     prompts = [(5, 6, 7), (9,), (8, 8, 4, 30, 21, 12, 11), (20, 3), (20, 3)]
     sampling = Sampling(90, 1.0, stop_token_ids=(5, 17))
-    uniforms = np.random.default_rng(0).random((len(prompts), 90))
-    arguments = (engine.graph, engine._session, prompts, sampling, uniforms, 128, 2048)
-    bound, copied = (sample_batch(*arguments, in_place=in_place) for in_place in (True, False))
+    (batch,) = batches(prompts, sampling, max_batch_size=8, num_parallel=1)
+    bound, copied = (
+        sample_batch(CacheSlots(engine.graph, engine._session, 97, 2048, in_place=in_place), batch, sampling, 128)
+        for in_place in (True, False)
+    )
     np.testing.assert_array_equal(bound.counts, copied.counts)
     assert len(set(bound.counts)) > 2
     np.testing.assert_array_equal(bound.tokens, copied.tokens)
