@@ -90,7 +90,7 @@ def response_logps(lm: Any, drawn: Drawn) -> Tensor:
 def rounded_by(twins: list[TwinLayer], quantizer: CompressedTensorsQuantizer) -> Iterator[None]:
     """Within the block the model computes with what `quantizer` makes of its weights."""
     for layer in twins:
-        layer.adopt(layer.weight_name, quantizer)
+        layer.adopt(layer.weight_name, quantizer, keep=True)
     with twin(twins):
         yield
 

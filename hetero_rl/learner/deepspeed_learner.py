@@ -77,7 +77,8 @@ class Learner:
         self._stored = stored_tensors(lm, model_dir)
         compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
-        self.twins = add_twin(lm, quantizer, self._stored)
+        # Without the grey box only the proof of a publish runs the twin, once: not worth a second copy of the model.
+        self.twins = add_twin(lm, quantizer, self._stored, keep=constraint.signal == "grey_box")
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)

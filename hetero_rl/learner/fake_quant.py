@@ -37,20 +37,24 @@ class _Twin(nn.Module):
     weight_name: str
     quantizer: Quantizer
     as_twin: bool
+    keep: bool
     _rounded: Tensor | None
 
-    def adopt(self, weight_name: str, quantizer: Quantizer) -> None:
+    def adopt(self, weight_name: str, quantizer: Quantizer, keep: bool) -> None:
         """Become the twin of the weight that a checkpoint calls `weight_name`."""
-        self.weight_name, self.quantizer, self.as_twin, self._rounded = weight_name, quantizer, False, None
+        self.weight_name, self.quantizer, self.keep = weight_name, quantizer, keep
+        self.as_twin, self._rounded = False, None
 
     def active_weight(self) -> Tensor:
-        """The weight, or inside `twin(...)` the values the target computes with; kept until `forget`: micro-batches share them."""
+        """The weight, or inside `twin(...)` the values the target computes with, which `keep` holds until `forget`."""
         if not self.as_twin:
             return self.weight
-        if self._rounded is None:
+        rounded = self._rounded
+        if rounded is None:
             with torch.no_grad():
-                self._rounded = self.quantizer.dequantized(self.weight_name, self.weight)
-        return _StraightThrough.apply(self.weight, self._rounded)  # type: ignore[no-any-return, no-untyped-call]
+                rounded = self.quantizer.dequantized(self.weight_name, self.weight)
+        self._rounded = rounded if self.keep else None
+        return _StraightThrough.apply(self.weight, rounded)  # type: ignore[no-any-return, no-untyped-call]
 
     def forget(self) -> None:
         """Drop the rounded weight; due after every change of the weights."""
@@ -83,15 +87,15 @@ class TwinExperts(nn.Module):
     The module that computes stays as it is and is called with these weights in place of its own (`torch.func.functional_call`).
     """
 
-    def __init__(self, experts: nn.Module, weight_names: dict[str, str], quantizer: Quantizer, stored: Container[str]) -> None:
+    def __init__(self, experts: nn.Module, weight_names: dict[str, str], quantizer: Quantizer, stored: Container[str], keep: bool) -> None:
         """Share the parameters of `experts`, which this module replaces under the same names.
 
-        `weight_names`: name within the module -> name within the model. `stored`: the names of the checkpoint, see `saved_views`.
+        `weight_names`: name within the module -> name within the model. `stored`, `keep`: as `add_twin` has them.
         """
         super().__init__()
         # In a tuple, so that its parameters are not registered a second time.
         self._experts = (experts,)
-        self.weight_names, self.quantizer, self.stored = weight_names, quantizer, stored
+        self.weight_names, self.quantizer, self.stored, self.keep = weight_names, quantizer, stored, keep
         self.as_twin = False
         self._rounded: dict[str, Tensor] = {}
         for name, parameter in experts.named_parameters(recurse=False):
@@ -105,10 +109,13 @@ class TwinExperts(nn.Module):
         weight: Tensor = getattr(self, name)
         if not self.as_twin:
             return weight
-        if name not in self._rounded:
+        rounded = self._rounded.get(name)
+        if rounded is None:
             with torch.no_grad():
-                self._rounded[name] = self._round(self.weight_names[name], weight)
-        return _StraightThrough.apply(weight, self._rounded[name])  # type: ignore[no-any-return, no-untyped-call]
+                rounded = self._round(self.weight_names[name], weight)
+        if self.keep:
+            self._rounded[name] = rounded
+        return _StraightThrough.apply(weight, rounded)  # type: ignore[no-any-return, no-untyped-call]
 
     def _round(self, name: str, weight: Tensor) -> Tensor:
         rounded = weight.detach().clone()
@@ -124,11 +131,12 @@ class TwinExperts(nn.Module):
 TwinLayer = TwinLinear | TwinEmbedding | TwinExperts
 
 
-def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = ()) -> list[TwinLayer]:
+def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = (), *, keep: bool = True) -> list[TwinLayer]:
     """Replace every linear layer, embedding and layer of experts that `quantizer` quantizes by a twin over the same parameters, in place.
 
     A tied output layer is quantized when its embedding is: a checkpoint holds the one weight under the embedding's name.
-    `stored`: the names of the checkpoint's tensors, which tell whether experts are stored one by one.
+    `stored`: the names of the checkpoint's tensors, which tell whether experts are stored one by one. `keep`: hold the rounded
+    weights until they are forgotten, a copy of the model that micro-batches share; else each forward pass rounds layer by layer.
     """
     layers: list[TwinLayer] = []
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -143,7 +151,7 @@ def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = ()
                 )
             }
             if fused:
-                experts = TwinExperts(module, fused, quantizer, stored)
+                experts = TwinExperts(module, fused, quantizer, stored, keep)
                 model.set_submodule(module_name, experts)
                 layers.append(experts)
             continue
@@ -151,7 +159,7 @@ def add_twin(model: nn.Module, quantizer: Quantizer, stored: Container[str] = ()
         if not quantizer.quantizes(weight_name):
             continue
         layer = TwinLinear.around(module) if isinstance(module, nn.Linear) else TwinEmbedding.around(module)
-        layer.adopt(weight_name, quantizer)
+        layer.adopt(weight_name, quantizer, keep)
         model.set_submodule(module_name, layer)
         layers.append(layer)
     return layers

@@ -32,10 +32,12 @@ def test_scores_are_those_of_plain_transformers(make_learner: MakeLearner, model
         assert (score.greedy_tokens == logits[sequence.prompt_len - 1 : -1].argmax(-1).numpy()).mean() > 0.8
 
 
-def test_twin_computes_with_the_targets_weights(make_learner: MakeLearner, model_dir: Path) -> None:
-    """The twin equals a model whose weights were really replaced by the dequantized ones, exactly."""
-    learner, quantizer, batch = make_learner(), quantizer_for(model_dir), as_sequences(sequences())
+@pytest.mark.parametrize("signal", ["off", "grey_box"])
+def test_twin_computes_with_the_targets_weights(signal: str, make_learner: MakeLearner, model_dir: Path) -> None:
+    """The twin equals a model whose weights were really replaced by the dequantized ones, exactly; only the grey box keeps those."""
+    learner, quantizer, batch = make_learner(signal), quantizer_for(model_dir), as_sequences(sequences())
     twin_scores = learner.score(batch, as_twin=True)
+    assert [layer._rounded is None for layer in learner.twins] == [signal == "off"] * len(learner.twins)
     plain_scores = learner.score(batch)
     with torch.no_grad():
         for name, parameter in learner.policy.lm.named_parameters():
