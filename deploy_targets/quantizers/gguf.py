@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp: Q4_K_M, Q4_0, Q8_0, F16, F32, byte for byte what `llama-quantize` makes of the same weights.
+"""GGUF files for llama.cpp: Q4_K_M, Q3_K_S, Q2_K, Q4_0, Q8_0, F16, F32, byte for byte what `llama-quantize` makes of the same weights.
 
 The weights of the artifact are one `model.gguf` that llama.cpp and everything built on it open unchanged, tokenizer included
 where llama.cpp has its equal (`gguf_metadata`). Where a row is no multiple of the 256 values of a K-quant block, llama.cpp's
-own fallbacks apply: Q5_0 in place of Q4_K, Q8_0 in place of Q6_K, and F16 for rows that are no multiple of 32 either.
+own fallbacks apply: Q4_0 in place of Q2_K and Q3_K, Q5_0 in place of Q4_K, Q8_0 in place of Q6_K, and F16 for rows that are no
+multiple of 32 either.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from deploy_targets.profile import SchemeSpec
 
 _EXPECTED = {
-    "Q4_K_M": (4, 32, False), "Q4_0": (4, 32, True), "Q8_0": (8, 32, True), "F16": (16, None, True), "F32": (32, None, True),
+    "Q4_K_M": (4, 32, False), "Q3_K_S": (3, 16, True), "Q2_K": (2, 16, False), "Q4_0": (4, 32, True), "Q8_0": (8, 32, True),
+    "F16": (16, None, True), "F32": (32, None, True),
 }  # fmt: skip
-"""scheme.name -> bits, group_size, symmetric of most of its weights; Q4_K's groups of 32 share a block of 256."""
+"""scheme.name -> bits, group_size, symmetric of most of its weights; the groups of K-quants share a block of 256."""
 
 
 class GgufQuantizer:

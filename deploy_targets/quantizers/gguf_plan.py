@@ -20,6 +20,8 @@ from deploy_targets.gguf_file import ALIGNMENT
 FAMILIES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
 SCHEMES = {
     "Q4_K_M": (FileType.MOSTLY_Q4_K_M, Type.Q4_K),
+    "Q3_K_S": (FileType.MOSTLY_Q3_K_S, Type.Q3_K),
+    "Q2_K": (FileType.MOSTLY_Q2_K, Type.Q2_K),
     "Q4_0": (FileType.MOSTLY_Q4_0, Type.Q4_0),
     "Q8_0": (FileType.MOSTLY_Q8_0, Type.Q8_0),
     "F16": (FileType.MOSTLY_F16, Type.F16),
@@ -29,8 +31,13 @@ SCHEMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 """The only tensor that no checkpoint holds: made from `rope_parameters` of type llama3."""
 
-_BLOCK_SIZES = {Type.Q4_K: 256, Type.Q5_K: 256, Type.Q6_K: 256, Type.Q4_0: 32, Type.Q5_0: 32, Type.Q5_1: 32, Type.Q8_0: 32}
-_FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+_BLOCK_SIZES = {
+    **dict.fromkeys((Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K), 256),
+    **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.Q8_0), 32),
+}
+_FALLBACKS = {
+    Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,7 @@ def _kind(source: str) -> str | None:
         "q_proj": "attn_q",
         "k_proj": "attn_k",
         "v_proj": "attn_v",
+        "o_proj": "attn_output",
         "down_proj": "ffn_down",
         "lm_head": "output",
         "embed_tokens": "embedding",
@@ -170,11 +178,13 @@ def _type(kind: str, source: str, num_inputs: int, config: Mapping[str, Any], sc
     if kind == "output" or (kind == "embedding" and config.get("tie_word_embeddings")):
         chosen = Type.Q8_0 if num_inputs % _BLOCK_SIZES[default] or default == Type.Q8_0 else Type.Q6_K
     elif scheme == "Q4_K_M" and kind in ("attn_v", "ffn_down"):
-        layer, num_layers = int(source.split(".")[2]), config["num_hidden_layers"]
-        if _gets_more_bits(layer, num_layers):
+        if _gets_more_bits(int(source.split(".")[2]), config["num_hidden_layers"]):
             chosen = Type.Q6_K
-        elif kind == "attn_v" and _counts_as_70b(config):
-            chosen = Type.Q5_K
+    elif scheme == "Q2_K" and kind in ("attn_v", "ffn_down", "attn_output"):
+        many = config["num_attention_heads"] // num_kv_heads(config) >= 4
+        chosen = Type.Q4_K if kind == "attn_v" and many else Type.Q3_K
+    if kind == "attn_v" and chosen in (Type.Q3_K, Type.Q4_K) and _counts_as_70b(config):
+        chosen = Type.Q5_K
     if num_inputs % _BLOCK_SIZES[chosen]:
         chosen = _FALLBACKS.get(chosen, chosen)
         if num_inputs % _BLOCK_SIZES[chosen]:

@@ -42,6 +42,8 @@ LOGP_TOLERANCE_NATS = {
     "nf4-transformers": 0.1,
     "int8-transformers": 0.2,
     "q4_k_m-llamacpp": 0.1,
+    "q3_k_s-llamacpp": 0.1,
+    "q2_k-llamacpp": 0.1,
     "q4_0-llamacpp": 0.1,
     "q8_0-llamacpp": 0.1,
 }
@@ -60,7 +62,8 @@ BF16_TOLERANCE_NATS = 0.1
 """The same for targets that --target names and the table does not."""
 
 
-MODEL_OPTIONS: dict[str, dict[str, int]] = {"q4_k_m-llamacpp": {"hidden_size": 256, "head_dim": 64}}
+K_QUANTS = ("q4_k_m-llamacpp", "q3_k_s-llamacpp", "q2_k-llamacpp")
+MODEL_OPTIONS: dict[str, dict[str, int]] = {name: {"hidden_size": 256, "head_dim": 64} for name in K_QUANTS}
 """Sizes of the first model where a target's format asks for some: rows of whole K-quant blocks. The second model has none."""
 
 
