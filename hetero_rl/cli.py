@@ -63,11 +63,12 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the artifact; must not exist.")],
+    target: TargetOption = None,
 ) -> None:
-    """Export the newest checkpoint of a run as an artifact."""
+    """Export the newest checkpoint of a run as an artifact; --target: for another target than it was trained for."""
     from hetero_rl.commands import run_export
 
-    run_export(_console(), run, out)
+    run_export(_console(), run, target, out)
 
 
 @app.command("verify-deploy", epilog="Example:  hetero-rl verify-deploy runs/RUN/artifact --json verdict.json --html verdict.html")
@@ -96,7 +97,7 @@ def evaluate(
     settings: SetOption = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers as JSON.")] = None,  # noqa: UP045
 ) -> None:
-    """Measure deployed and bf16 accuracy and the discrepancy, without training."""
+    """Measure deployed and bf16 accuracy and the discrepancy, without training; RUN with --target: its weights on another target."""
     from hetero_rl.commands import run_evaluation
 
     run_evaluation(_console(), run, target, config or [], settings or [], json_file)

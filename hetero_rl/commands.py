@@ -17,10 +17,10 @@ from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EXIT_INTERRUPTED, MissingPackageError, UsageError
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
-from deploy_targets.profile import TargetProfile
+from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
-from hetero_rl.config import RunConfig, load_config
+from hetero_rl.config import RunConfig, TargetConfig, load_config
 from hetero_rl.errors import RunFolderError
 from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
 from hetero_rl.unused_settings import unused_settings
@@ -88,9 +88,9 @@ def run_training(
     return 0
 
 
-def run_export(console: Console, run_path: Path, out: Path) -> None:
-    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed."""
-    run, config, profile = open_run(run_path)
+def run_export(console: Console, run_path: Path, target: str | None, out: Path) -> None:
+    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request."""
+    run, config, profile = _opened(run_path, target)
     if out.exists():
         raise UsageError(f"{out} exists already; give another --out")
     check_output(out, "--out")
@@ -98,6 +98,7 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
     _require_runnable(profile)
     _prepare_process()
     from hetero_rl.export import export_artifact
+    from hetero_rl.loop import measure_start
     from hetero_rl.parts import assemble, newest_checkpoint
     from hetero_rl.view import View
 
@@ -105,10 +106,9 @@ def run_export(console: Console, run_path: Path, out: Path) -> None:
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint)
-        assert parts.restored is not None
-        view.phase(f"exporting step {parts.restored.step}")
-        accuracy = export_artifact(config, profile, parts, parts.restored, out)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=target is None)
+        view.phase(f"exporting {checkpoint.name}")
+        accuracy = export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
     console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
 
 
@@ -152,9 +152,9 @@ def run_evaluation(
     check_output(json_file, "--json")
     run: RunFolder | None = None
     if run_path is not None:
-        if target or files or settings:
-            raise UsageError("eval takes a run folder or --target/--config/--set, not both")
-        run, config, profile = open_run(run_path)
+        if files or settings:
+            raise UsageError("eval takes a run folder or --config/--set, not both")
+        run, config, profile = _opened(run_path, target)
     else:
         config, profile = load_config(files, settings, target)
     _require_runnable(profile)
@@ -167,7 +167,9 @@ def run_evaluation(
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint)
+        parts = assemble(
+            config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=run is None or target is None
+        )
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
@@ -185,6 +187,15 @@ def run_evaluation(
     )
     if json_file is not None:
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+
+
+def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, TargetProfile]:
+    """A run, as if it had been for `target` where one is given."""
+    run, config, profile = open_run(run_path)
+    if target is not None:
+        profile = load_profile(target)
+        config = config.model_copy(update={"target": TargetConfig(name=target)})
+    return run, config, profile
 
 
 def _resumed(

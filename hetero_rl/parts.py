@@ -63,10 +63,12 @@ def assemble(
     stack: ExitStack,
     inputs: Inputs | None = None,
     checkpoint: Path | None = None,
+    *,
+    same_target: bool = True,
 ) -> Parts:
     """Load the learner, from `checkpoint` if given, and start the engine on its weights; `stack` closes them.
 
-    `inputs` are checked here when not given.
+    `inputs` are checked here when not given. Not `same_target`: the checkpoint's run was for another target, and gives its weights alone.
     """
     inputs = inputs or check_inputs(config, profile)
     model_dir, tokenizer, task = inputs.model_dir, inputs.tokenizer, inputs.task
@@ -96,6 +98,8 @@ def assemble(
         learner.load(checkpoint)
     anew = ", and anew for every update: it cannot swap weights while it runs" if is_rebuilt(profile, model_dir) else ""
     view.phase(f"starting the engine of {profile.name}{anew}")
+    if not same_target:
+        state = None
     version, calibration = (0, ()) if state is None else (state.weight_version, state.calibration)
     publisher = Publisher(learner, quantizer, profile, model_dir, serving, version, calibration)
     stack.callback(publisher.close)
