@@ -1,0 +1,36 @@
+"""`python -m benchmarks.evidence run --suite screening`, `python -m benchmarks.evidence report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.common import RESULTS, num_cores
+from benchmarks.evidence.cells import ARMS, REGIMES, SUITES, TASKS, cells
+from benchmarks.evidence.runner import run_cells
+
+OUT = RESULTS / "evidence.jsonl"
+
+
+def main() -> int:
+    """Returns 1 when a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="run what has no line in --out yet")
+    run.add_argument("--suite", choices=SUITES, required=True)
+    run.add_argument("--tasks", nargs="+", choices=TASKS)
+    run.add_argument("--targets", nargs="+")
+    run.add_argument("--regimes", nargs="+", choices=REGIMES)
+    run.add_argument("--arms", nargs="+", choices=ARMS)
+    run.add_argument("--seeds", nargs="+")
+    run.add_argument("--jobs", type=int, default=num_cores(), help="runs at a time (default %(default)s)")
+    run.add_argument("--out", type=Path, default=OUT)
+    run.add_argument("--work", type=Path, default=Path("runs/evidence"), help="models, problems and runs under way")
+    options = parser.parse_args()
+    suite = SUITES[options.suite]
+    choice = {key: getattr(options, key) or suite[key] for key in suite}
+    return int(run_cells(cells(choice), options.out, options.work.resolve(), options.jobs) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What is compared: an arm (a recipe) in a regime, on a task, for a target, under a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+FULL_PRECISION = "fp32-onnx"
+"""Rollouts by this engine differ from the learner by rounding noise alone (a gap below 1e-5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A recipe as settings of `hetero-rl train`."""
+
+    what: str
+    settings: tuple[str, ...] = ()
+    full_precision_rollouts: bool = False
+    """Rollouts by the full-precision engine; what is deployed is the target's copy of what was learned."""
+    deployed_as_trained: bool = False
+    """Judged by the full-precision engine as well: no mismatch at all."""
+
+
+PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.eta=0.04")
+"""The published constants in units of the tolerance."""
+OFF = ("constraint.signal=off",)
+ARMS = {
+    "control": Arm("no mismatch: full precision on both sides", OFF, full_precision_rollouts=True, deployed_as_trained=True),
+    "ptq": Arm("full-precision rollouts, quantized once at the end", OFF, full_precision_rollouts=True),
+    "grpo": Arm("rollouts by the target, nothing else", OFF),
+    "tis": Arm("token-level truncated importance sampling", (*OFF, "algorithm.correction=tis")),
+    "grey": Arm("grey box, lambda 0.3", ("constraint.controller=fixed", "constraint.lambda_init=0.3")),
+    "grey_1": Arm("grey box, lambda 1", ("constraint.controller=fixed", "constraint.lambda_init=1")),
+    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)"),
+    "grey_half": Arm("grey box, dual ascent to 0.5 x floor", ("constraint.tolerance=0.5",)),
+    "paper_loss": Arm("the paper's loss side, 1 x floor, lambda from 0.1", ("constraint.signal=loss", *PAPER)),
+    "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
+}  # fmt: skip
+
+REGIMES = {
+    "on_policy": (),
+    "stale": ("learner.updates_per_rollout=4",),
+    "high_lr": ("learner.lr=1e-3",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSetup:
+    """A task, the model that begins it, and how long it is trained."""
+
+    size: str | None
+    """Of the warm start (`warm_start.SIZES`); None: the shipped demo model."""
+    settings: tuple[str, ...]
+
+
+TASKS = {
+    "addition": TaskSetup(None, ("task.digits=3", "loop.max_response_tokens=8", "learner.lr=2e-4")),
+    "expression": TaskSetup("3M", ("task.reward=benchmarks.evidence.tasks:last_step", "loop.max_response_tokens=40", "learner.lr=1e-4")),
+    "sorting": TaskSetup("3M", ("task.reward=exact", "loop.max_response_tokens=28", "learner.lr=1e-4")),
+}
+COMMON = (
+    "loop.num_steps=100", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
+    "evaluation.every_steps=20", "evaluation.num_problems=500", "evaluation.num_final_problems=1000", "checkpoint.every_steps=100",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run."""
+
+    task: str
+    target: str
+    regime: str
+    arm: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f"{self.task}/{self.target}/{self.regime}/{self.arm}/{self.seed}"
+
+    @property
+    def rollout_target(self) -> str:
+        """The engine that makes the rollouts."""
+        return FULL_PRECISION if ARMS[self.arm].full_precision_rollouts else self.target
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """`--set` of the run; later ones win."""
+        return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *ARMS[self.arm].settings, f"loop.seed={self.seed}")
+
+
+SUITES: dict[str, dict[str, Sequence[str]]] = {
+    "screening": {
+        "tasks": ("addition",),
+        "targets": ("int4-onnx", "q3_k_s-llamacpp", "q2_k-llamacpp"),
+        "regimes": tuple(REGIMES),
+        "arms": tuple(ARMS),
+        "seeds": ("0", "1"),
+    },
+    "finalists": {
+        "tasks": tuple(TASKS),
+        "targets": ("int4-onnx", "q2_k-llamacpp"),
+        "regimes": ("on_policy", "stale"),
+        "arms": ("control", "ptq", "grpo", "tis", "grey", "grey_dual"),
+        "seeds": ("0", "1", "2", "3", "4"),
+    },
+}
+
+
+def cells(choice: dict[str, Sequence[str]]) -> Iterator[Cell]:
+    """Every combination, seed by seed, so that an early stop leaves whole comparisons."""
+    for seed, task, target, regime, arm in product(*(choice[key] for key in ("seeds", "tasks", "targets", "regimes", "arms"))):
+        yield Cell(task, target, regime, arm, int(seed))

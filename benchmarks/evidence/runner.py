@@ -1,0 +1,140 @@
+"""Runs cells by the command line of hetero-rl, some at a time, each on cores of its own; one JSON line per finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+from benchmarks.common import num_cores
+from benchmarks.evidence.cells import ARMS, TASKS, Cell
+from benchmarks.evidence.tasks import write_files
+from benchmarks.evidence.warm_start import SIZES, warm_start
+from deploy_targets.hardware import describe_machine, package_versions
+from hetero_rl.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+COLLAPSE = 0.5
+"""A run has collapsed when it ends below this share of its best deployed accuracy."""
+
+
+def finished(path: Path) -> set[str]:
+    """The cells that have a line in `path`."""
+    return {json.loads(line)["cell"] for line in path.read_text("utf-8").splitlines()} if path.is_file() else set()
+
+
+def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int) -> int:
+    """Run what has no line in `out` yet; returns the number of runs that failed."""
+    done = finished(out)
+    waiting = [cell for cell in wanted if cell.key not in done]
+    print(f"{len(waiting)} runs to do, {len(done)} done", file=sys.stderr)
+    work.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(cell.task for cell in waiting):
+        prepare(task, work)
+    cores: SimpleQueue[list[int]] = SimpleQueue()
+    usable = sorted(os.sched_getaffinity(0))
+    for job in range(num_jobs):
+        cores.put(usable[job * len(usable) // num_jobs : (job + 1) * len(usable) // num_jobs])
+    lock = Lock()
+
+    def run(cell: Cell) -> bool:
+        mine = cores.get()
+        try:
+            line = run_cell(cell, work, mine)
+        except RuntimeError as error:
+            print(f"  {cell.key} failed:\n{error}", file=sys.stderr, flush=True)
+            return False
+        finally:
+            cores.put(mine)
+        with lock, open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"  {cell.key}: deployed {line['deployed_accuracy']:.3f}, {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return True
+
+    with ThreadPoolExecutor(num_jobs) as pool:
+        return sum(not good for good in pool.map(run, waiting))
+
+
+def prepare(task: str, work: Path) -> None:
+    """Problems and warm start of a task, made once."""
+    size = TASKS[task].size
+    if size is None or (work / task / "model" / "config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        made = Path(folder) / task
+        made.mkdir()
+        write_files(task, made)
+        warm_start(task, SIZES[size], made / "model")
+        shutil.rmtree(work / task, ignore_errors=True)
+        shutil.move(made, work / task)
+
+
+def run_cell(cell: Cell, work: Path, cores: list[int]) -> dict[str, Any]:
+    """Train, evaluate, and take the figures from what the run wrote. Raises `RuntimeError` with the last lines of a failed run."""
+    start = time.time()
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        run = Path(folder) / "run"
+        settings = [part for setting in (*task_settings(cell.task, work), *cell.settings) for part in ("--set", setting)]
+        call(["train", "--target", cell.rollout_target, *settings, "--run-dir", str(run)], cores)
+        rows = read_metrics(run)
+        deployed = {"deployed_accuracy": rows[-1]["eval/deployed_accuracy"], "learner_accuracy": rows[-1]["eval/learner_accuracy"]}
+        deployed["gap"] = sum(row["constraint/engine_gap"] for row in rows[-10:]) / 10
+        if cell.rollout_target != cell.target and not ARMS[cell.arm].deployed_as_trained:
+            call(["eval", str(run), "--target", cell.target, "--json", str(Path(folder) / "eval.json")], cores)
+            numbers = json.loads((Path(folder) / "eval.json").read_text("utf-8"))
+            deployed = {"deployed_accuracy": numbers["eval/deployed_accuracy"], "learner_accuracy": numbers["eval/learner_accuracy"]}
+            deployed["gap"] = numbers["constraint/engine_gap"]
+    curve = [row for row in rows if "eval/deployed_accuracy" in row]
+    best = max(row["eval/deployed_accuracy"] for row in curve)
+    return {
+        "cell": cell.key,
+        **{field: getattr(cell, field) for field in ("task", "target", "regime", "arm", "seed")},
+        **deployed,
+        "start_accuracy": rows[0]["eval/deployed_accuracy"],
+        "floor": rows[0]["constraint/floor"],
+        "tolerance": rows[0]["constraint/tolerance"],
+        "collapsed": rows[-1]["eval/deployed_accuracy"] < COLLAPSE * best,
+        "infeasible": bool(rows[-1]["constraint/infeasible"]),
+        "curve": [[row["step"], row["eval/deployed_accuracy"], row["eval/learner_accuracy"]] for row in curve],
+        "reward": [round(row["reward/mean"], 4) for row in rows[1:]],
+        "engine_gap": [round(row["constraint/engine_gap"], 6) for row in rows[1:]],
+        "lambda": [round(row["constraint/lambda"], 4) for row in rows[1:]],
+        "entropy": [round(row["learner/entropy"], 4) for row in rows[1:]],
+        "learner_s": sum(row["perf/learner_s"] for row in rows[1:]),
+        "seconds": time.time() - start,
+        "settings": list(cell.settings),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+    }
+
+
+def task_settings(task: str, work: Path) -> tuple[str, ...]:
+    """Where a task's problems and model lie."""
+    if TASKS[task].size is None:
+        return ()
+    folder = work / task
+    return (
+        "task.type=dataset",
+        f"task.path={folder / f'{task}-train.jsonl'}",
+        f"task.heldout_path={folder / f'{task}-heldout.jsonl'}",
+        f"model.path={folder / 'model'}",
+    )
+
+
+def call(arguments: list[str], cores: list[int]) -> None:
+    """`hetero-rl ARGUMENTS` on `cores`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    pinned = ["taskset", "-c", ",".join(map(str, cores))] if shutil.which("taskset") and len(cores) < num_cores() else []
+    result = subprocess.run([*pinned, sys.executable, "-m", "hetero_rl", *arguments], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError((result.stdout + result.stderr)[-2000:])
