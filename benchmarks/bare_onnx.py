@@ -55,12 +55,13 @@ def decode(graph: Graph, session: ort.InferenceSession, prompts: list[list[int]]
     logits_of_prompts, *filled = graph.prefill(session, prompts, with_cache=True)
     logits = np.repeat(logits_of_prompts[:, -1], group_size, axis=0)
     width = prompt_len + max_tokens
-    cache = [np.zeros((num_rows, graph.num_kv_heads, width, graph.head_dim), np.float32) for _ in graph.past_names]
+    dtype = graph.cache_dtype(session)
+    cache = [np.zeros((num_rows, graph.num_kv_heads, width, graph.head_dim), dtype) for _ in graph.past_names]
     for target, source in zip(cache, filled, strict=True):
         target[:, :, :prompt_len] = np.repeat(source, group_size, axis=0)
     ids, mask = np.zeros((num_rows, 1), np.int64), np.zeros((num_rows, width), np.int64)
     mask[:, :prompt_len] = 1
-    out = np.empty((num_rows, 1, graph.vocab_size), np.float32)
+    out = np.empty((num_rows, 1, graph.vocab_size), dtype)
     binding = session.io_binding()
     for name, array in (("input_ids", ids), ("attention_mask", mask), *zip(graph.past_names, cache, strict=True)):
         binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -71,7 +72,7 @@ def decode(graph: Graph, session: ort.InferenceSession, prompts: list[list[int]]
     tokens = np.empty((num_rows, max_tokens), np.int64)
     logps = np.empty((num_rows, max_tokens), np.float32)
     for step in range(max_tokens):
-        logits = logits - logits.max(axis=1, keepdims=True)
+        logits = logits.astype(np.float32, copy=False) - logits.max(axis=1, keepdims=True)
         cumulative = np.exp(logits).cumsum(axis=1)
         totals = cumulative[:, -1].copy()
         cumulative[:, -1] = np.inf  # uniform * total may round up to the total

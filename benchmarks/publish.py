@@ -13,6 +13,8 @@ from benchmarks import models
 from benchmarks.common import Measurement, arguments, measurement, summary, write
 from benchmarks.own_step import OwnStep, StepSpec
 from benchmarks.worker import Worker, serve
+from deploy_targets.catalog import make_quantizer
+from deploy_targets.profile import load_profile
 
 TARGETS = ("int4-onnx", "int4-vllm")
 PHASES = ("quantize_s", "swap_s", "proof_s")
@@ -20,20 +22,25 @@ COPY_REPEATS = 3
 
 
 def body(connection: Connection, spec: StepSpec) -> None:
-    """One training step per request, so that each publish has really new weights; then plain copies of the same weights."""
+    """One training step per request, so that each publish has really new weights; then rounding alone, and copies, of the same weights."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         step = OwnStep(spec, Path(folder) / "serving", stack)
+        quantizer = make_quantizer(load_profile(spec.target), spec.model_dir)
 
         def run() -> dict[str, float]:
             seconds = step()
+            start = time.perf_counter()
+            for _ in quantizer.quantize(step.parts.learner.named_tensors()):
+                pass
+            round_s = time.perf_counter() - start
             start = time.perf_counter()
             for _ in range(COPY_REPEATS):
                 copies = [tensor.clone() for _, tensor in step.parts.learner.named_tensors()]
                 del copies
             copy_s = (time.perf_counter() - start) / COPY_REPEATS
             num_probe_tokens = sum(len(probe.tokens) - probe.prompt_len for probe in step.parts.publisher.probes)
-            return {**seconds, "copy_s": copy_s, "probe_tokens": num_probe_tokens}
+            return {**seconds, "round_s": round_s, "copy_s": copy_s, "probe_tokens": num_probe_tokens}
 
         serve(connection, run)
 
@@ -51,6 +58,7 @@ def case(runs: Sequence[dict[str, float]], *, whole_step: bool) -> Measurement:
         baseline=[run["copy_s"] * 1e3 for run in runs],
         ratio_of="publish / one plain copy of the bf16 weights, times",
         phases_ms={phase.removesuffix("_s"): spread([run[phase] * 1e3 for run in runs]) for phase in PHASES},
+        round_over_copy=spread([run["round_s"] / run["copy_s"] for run in runs]),
         num_rebuilds=int(runs[-1]["num_rebuilds"]),
         probe_tokens=int(runs[-1]["probe_tokens"]),
         **extra,

@@ -1,7 +1,8 @@
 """Tokens per second through our engines against the runtimes under them, on the same requests, in turns.
 
 Targets of vLLM: `ProcessEngine` (its own process, results over a socket) against `vllm.LLM.generate` called inside an equal process.
-Targets of ONNX Runtime: `OnnxRuntimeEngine` against a hand-written decode loop (bare_onnx.py), in the faster of two thread layouts.
+Targets of ONNX Runtime and llama.cpp: our engine against a hand-written decode loop (bare_onnx.py, bare_llamacpp.py), in the faster of two
+thread layouts. Targets of transformers: our engine against `model.generate` with the log-probs of its tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import bare_onnx, models
+from benchmarks import bare_llamacpp, bare_onnx, models
 from benchmarks.common import Measurement, arguments, in_turns, measurement, write
 from benchmarks.publish_targets import runnable
 from benchmarks.worker import Worker, serve
@@ -90,6 +91,38 @@ def raw_vllm_body(connection: Connection, profile: TargetProfile, folder: Path, 
         llm.llm_engine.engine_core.shutdown()
 
 
+def raw_transformers_body(
+    connection: Connection, profile: TargetProfile, folder: Path, prompts: Prompts, group_size: int, max_tokens: int
+) -> None:
+    """Answers with (seconds, sampled tokens) of one `generate` of transformers that returns the log-prob of every token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(profile.engine.options["num_threads"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, profile.engine.options.get("dtype", "bfloat16")))
+    ids = torch.tensor(prompts)
+
+    def generate(seed: int) -> Run:
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                num_return_sequences=group_size,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=max_tokens,
+                min_new_tokens=max_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)
+        return time.perf_counter() - start, out.sequences[:, len(prompts[0]) :].numel()
+
+    serve(connection, generate)
+
+
 def speeds(sides: dict[str, Callable[[int], Run]], rounds: int, num_tokens: int) -> dict[str, list[float]]:
     """Tokens per second of each side, round by round; every round has a seed of its own. Two warm-up rounds."""
     seeds = {side: count() for side in sides}
@@ -103,12 +136,13 @@ def speeds(sides: dict[str, Callable[[int], Run]], rounds: int, num_tokens: int)
     return in_turns({side: lambda side=side: run(side) for side in sides}, rounds, warmups=2)
 
 
-def measure_onnx(folder: Path, profile: TargetProfile, prompts: Prompts, group_size: int, max_tokens: int, rounds: int) -> Measurement:
-    """The ONNX engine against the bare loop."""
+def measure_bare(folder: Path, profile: TargetProfile, prompts: Prompts, group_size: int, max_tokens: int, rounds: int) -> Measurement:
+    """Our engine against the bare loop of its runtime."""
     num_threads = profile.engine.options["num_threads"]
+    bare_body = BARE[profile.engine.name]
     with ExitStack() as stack:
         ours = stack.enter_context(Worker(wrapper_body, profile, folder, prompts, group_size, max_tokens))
-        bare = stack.enter_context(Worker(bare_onnx.body, folder, prompts, group_size, max_tokens, num_threads))
+        bare = stack.enter_context(Worker(bare_body, folder, prompts, group_size, max_tokens, num_threads))
         sides: dict[str, Callable[[int], Run]] = {"wrapper": ours}
         sides |= {layout: lambda seed, layout=layout: bare(layout, seed) for layout in LAYOUTS}
         found = speeds(sides, rounds, len(prompts) * group_size * max_tokens)
@@ -127,7 +161,23 @@ def measure_vllm(folder: Path, profile: TargetProfile, prompts: Prompts, group_s
     return measurement(found["wrapper"], "tokens/s", baseline=found["raw"], ratio_of=RATIO_OF)
 
 
-MEASURES: dict[str, Callable[..., Measurement]] = {"onnxruntime": measure_onnx, "vllm": measure_vllm}
+def measure_transformers(
+    folder: Path, profile: TargetProfile, prompts: Prompts, group_size: int, max_tokens: int, rounds: int
+) -> Measurement:
+    """Our engine against transformers' own generation."""
+    request = (profile, folder, prompts, group_size, max_tokens)
+    with Worker(wrapper_body, *request) as ours, Worker(raw_transformers_body, *request) as raw:
+        found = speeds({"wrapper": ours, "raw": raw}, rounds, len(prompts) * group_size * max_tokens)
+    return measurement(found["wrapper"], "tokens/s", baseline=found["raw"], ratio_of=RATIO_OF)
+
+
+BARE = {"llamacpp": bare_llamacpp.body, "onnxruntime": bare_onnx.body}
+MEASURES: dict[str, Callable[..., Measurement]] = {
+    "llamacpp": measure_bare,
+    "onnxruntime": measure_bare,
+    "transformers": measure_transformers,
+    "vllm": measure_vllm,
+}
 
 
 def main() -> None:

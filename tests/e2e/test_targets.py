@@ -19,12 +19,12 @@ from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 NUM_STEPS = int(os.environ.get("HETERO_RL_TESTS_TARGET_STEPS", "2"))
-ELSEWHERE = {"fake", "int4-onnx", "int4-vllm"}
-"""Trained by other tests of this folder whenever the tests run."""
 FAMILIES = {"nf4-transformers", "int4-gptq-vllm", "q4_k_m-llamacpp", "int8-onnx"}
-"""One target of each family besides those."""
+"""One target of each family besides int4-onnx and int4-vllm, which test_train.py and test_vllm.py train."""
 PROFILES = shipped_profiles()
 RUNNABLE = [name for name, profile in PROFILES.items() if not check_target(profile)]
+TRAINED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.variant) for name in RUNNABLE if name != "fake"]
+"""`fake` serves no model."""
 REFUSED = [name for name in PROFILES if name not in RUNNABLE]
 
 
@@ -38,7 +38,7 @@ def settings() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.variant) for name in RUNNABLE])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_target_that_runs_here_trains_exports_and_verifies(name: str, tmp_path: Path) -> None:
     trained = hetero_rl("train", "--target", name, "--config", CONFIG, *settings(), "--run-dir", "run", cwd=tmp_path, timeout_s=1500)
     assert trained.returncode == 0, trained.stderr
