@@ -90,7 +90,7 @@ def run_training(
 
 def run_export(console: Console, run_path: Path, target: str | None, out: Path) -> None:
     """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request."""
-    run, config, profile = _opened(run_path, target)
+    run, config, profile, same_target = _opened(run_path, target)
     if out.exists():
         raise UsageError(f"{out} exists already; give another --out")
     check_output(out, "--out")
@@ -106,7 +106,7 @@ def run_export(console: Console, run_path: Path, target: str | None, out: Path) 
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=target is None)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=same_target)
         view.phase(f"exporting {checkpoint.name}")
         accuracy = export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
     console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
@@ -150,11 +150,11 @@ def run_evaluation(
 ) -> None:
     """`eval`: accuracy on both machines and the gap, for a run's newest checkpoint or for a model as it is."""
     check_output(json_file, "--json")
-    run: RunFolder | None = None
+    run, same_target = None, True
     if run_path is not None:
         if files or settings:
             raise UsageError("eval takes a run folder or --config/--set, not both")
-        run, config, profile = _opened(run_path, target)
+        run, config, profile, same_target = _opened(run_path, target)
     else:
         config, profile = load_config(files, settings, target)
     _require_runnable(profile)
@@ -167,9 +167,7 @@ def run_evaluation(
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
-        parts = assemble(
-            config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=run is None or target is None
-        )
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=same_target)
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
@@ -189,13 +187,13 @@ def run_evaluation(
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
 
 
-def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, TargetProfile]:
-    """A run, as if it had been for `target` where one is given."""
-    run, config, profile = open_run(run_path)
-    if target is not None:
-        profile = load_profile(target)
-        config = config.model_copy(update={"target": TargetConfig(name=target)})
-    return run, config, profile
+def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, TargetProfile, bool]:
+    """A run as if it had been for `target`, where one is given; and whether that is the run's own."""
+    run, config, own = open_run(run_path)
+    profile = own if target is None else load_profile(target)
+    if profile != own:
+        config = config.model_copy(update={"target": TargetConfig(name=str(target))})
+    return run, config, profile, profile == own
 
 
 def _resumed(

@@ -257,3 +257,20 @@ def test_eval_and_report(run: Path, tmp_path: Path) -> None:
     assert numbers["eval/deployed_accuracy"] == read_metrics(run)[-1]["eval/deployed_accuracy"]
     assert hetero_rl("report", run, "--out", "r.html", cwd=tmp_path).returncode == 0
     assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_run_on_another_target(run: Path, tmp_path: Path) -> None:
+    """Train against one target and deploy on another: what training in full precision and quantizing at the end needs."""
+    measured = hetero_rl("eval", run, "--target", "fp32-onnx", "--json", "eval.json", cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    numbers = json.loads((tmp_path / "eval.json").read_text())
+    assert numbers["constraint/engine_gap"] < 1e-4 < read_metrics(run)[-1]["constraint/engine_gap"]
+    assert numbers["eval/learner_accuracy"] == read_metrics(run)[-1]["eval/learner_accuracy"]
+    exported = hetero_rl("export", run, "--target", "int8-onnx", "--out", "int8", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "int8" / "manifest.json").read_text())["profile"]["name"] == "int8-onnx"
+    verified = hetero_rl("verify-deploy", "int8", cwd=tmp_path)
+    assert verified.returncode == 0, verified.stdout
+    fails(hetero_rl("export", run, "--target", "int5-onnx", "--out", "none", cwd=tmp_path), 2, "int5-onnx")
+    assert not (tmp_path / "none").exists()
