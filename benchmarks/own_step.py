@@ -66,6 +66,7 @@ class OwnStep:
 
         from hetero_rl.algorithm.advantage import group_advantages
         from hetero_rl.algorithm.constraint import dual_step
+        from hetero_rl.learner.batch_parts import split_batch
         from hetero_rl.loop import seeded
         from hetero_rl.rollout import rewarded, sample, train_sequences
 
@@ -80,16 +81,17 @@ class OwnStep:
         judged = time.perf_counter()
         advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=self.config.algorithm.normalize_std)
         rollout_sequences = train_sequences(rollouts, advantages.numpy())
-        update = learner.update(rollout_sequences, state.dual.multiplier)
-        dual = dual_step(state.dual, update.gap.mean(update.gap.engine_gap), self._dual_config)
+        gap = learner.update(rollout_sequences, state.dual.multiplier).sums.gap
+        dual = dual_step(state.dual, gap.mean(gap.engine_gap), self._dual_config)
         learned = time.perf_counter()
         stats = publisher.publish(state.weight_version + 1)
         end = time.perf_counter()
 
         self.state = replace(state, step=state.step + 1, weight_version=state.weight_version + 1, dual=dual)
         # Responses without a gradient are only measured: a forward pass, where the others take three passes' worth.
-        lm, parts_of_update = learner.policy.lm, learner.split_by_gradient(rollout_sequences, state.dual.multiplier)
-        teaching, silent = (forward_flop(lm, [s.sequence for s in part]) for part in parts_of_update)
+        lm, parts = learner.policy.lm, split_batch(rollout_sequences, self.config.constraint, state.dual.multiplier, num_updates=0)
+        taught, measured = ([s for part in parts if part.with_gradient is kind for s in part.sequences] for kind in (True, False))
+        teaching, silent = (forward_flop(lm, [s.sequence for s in part]) for part in (taught, measured))
         prompt_tokens = sum(len(g.prompt) for g in generations)
         return {
             "step_s": end - start,
@@ -103,7 +105,7 @@ class OwnStep:
             "num_rebuilds": publisher.num_rebuilds,
             "num_tokens": rollouts.num_tokens,
             "prompt_tokens": prompt_tokens,
-            "share_with_gradient": len(parts_of_update[0]) / len(rollout_sequences),
+            "share_with_gradient": len(taught) / len(rollout_sequences),
             "multiplier": state.dual.multiplier,
             "update_flop": (3 * teaching + silent) * (2 if spec.signal == "grey_box" else 1),
             "generate_flop": 2 * sum(matmul_parameters(lm)) * rollouts.num_tokens,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy_targets.errors import ProfileError, UsageError
 from deploy_targets.profile import TargetProfile, load_profile, validation_lines
+from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS, Bounds, Correction, GreyBoxForm
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
 
 
@@ -56,6 +57,10 @@ class LearnerConfig(_Table):
     """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU whose bf16 products are not
     clearly faster (measured at the start), for models of linear layers and RMSNorms; else bfloat16. float32 is more exact and takes
     twice the memory for activations."""
+    forward: Literal["bf16", "fake_quant"] = "bf16"
+    """What the policy loss is computed with: the bf16 weights, or the values that the target rounds them to, the gradient passed straight
+    through the rounding. With `fake_quant` the constraint bounds what is left: kernels, activations, KV cache. The bf16 weights
+    by themselves are then not trained to be good."""
     tokens_per_micro_batch: int = Field(8192, ge=16)
     """Most tokens of one forward pass, padding included; a prompt that several responses share counts once where it is computed once."""
     logit_chunk_elements: int = Field(32_000_000, ge=1024)
@@ -75,10 +80,30 @@ class AlgorithmConfig(_Table):
     """Lower clip range of the learner-against-learner ratio."""
     clip_high: float = Field(0.28, gt=0)
     """Upper clip range of the learner-against-learner ratio."""
-    correction: Literal["none", "tis"] = "none"
-    """Engine correction: `tis` weights tokens by min(p_learner / p_engine, tis_cap). Use it when the bf16 weights ship."""
-    tis_cap: float = Field(2.0, gt=0)
-    """Cap of the TIS weight."""
+    correction: Correction = "none"
+    """Engine correction: importance weights of p_learner / p_engine, truncated (`tis`) or dropped where they leave the bounds (`mis`,
+    `icepop`), per token, per response (`_sequence`) or by the geometric mean of a response. All of them aim at the bf16 weights: use them
+    when those ship."""
+    correction_low: float | None = Field(None, ge=0)
+    """Lower bound of the ratio; unset: the published one of the correction."""
+    correction_high: float | None = Field(None, gt=0)
+    """Upper bound, or cap, of the ratio; unset: the published one of the correction."""
+
+    @model_validator(mode="after")
+    def bounds_are_in_order(self) -> AlgorithmConfig:
+        """No ratio lies between bounds that cross."""
+        low, high = self.correction_bounds
+        if low > high:
+            raise ValueError(f"algorithm.correction_low = {low:g} is above algorithm.correction_high = {high:g}")
+        return self
+
+    @property
+    def correction_bounds(self) -> Bounds:
+        """Bounds of the ratio, with the correction's own where none are given."""
+        low, high = DEFAULT_BOUNDS[self.correction]
+        return Bounds(
+            low if self.correction_low is None else self.correction_low, high if self.correction_high is None else self.correction_high
+        )
 
 
 class ConstraintConfig(_Table):
@@ -86,6 +111,12 @@ class ConstraintConfig(_Table):
 
     signal: Literal["off", "grey_box", "loss", "advantage"] = "grey_box"
     """How the penalty reaches the gradient (docs/algorithm.md); `off` only measures."""
+    grey_box_form: GreyBoxForm = "kl"
+    """`kl`: over the whole vocabulary; `top`: over the twin's 16 most probable tokens and the rest; `sampled`: abs(dp) of the sampled
+    token."""
+    grey_box_share: float = Field(1.0, gt=0, le=1)
+    """Share of the prompts on which the grey box is computed at each update, in turns; its cost is scaled up to the batch. The twin's
+    forward and backward pass costs in proportion."""
     tolerance: float = Field(1.0, gt=0)
     """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
     tolerance_unit: Literal["floor", "absolute"] = "floor"
@@ -95,8 +126,14 @@ class ConstraintConfig(_Table):
     less (8 and more bits, GPTQ) has a floor of rounding noise, which other CPUs exceed and no penalty lowers."""
     floor_tokens: int = Field(4096, ge=64)
     """Response tokens the floor is measured on."""
-    controller: Literal["dual", "fixed"] = "dual"
-    """`dual`: projected dual ascent; `fixed`: lambda stays at `lambda_init`."""
+    controller: Literal["dual", "pid", "fixed"] = "dual"
+    """`dual`: projected dual ascent; `pid`: with terms for the violation and for its rise; `fixed`: lambda stays at `lambda_init`."""
+    kp: float = Field(1.0, ge=0)
+    """`pid`: gain of the relative violation."""
+    kd: float = Field(0.0, ge=0)
+    """`pid`: gain of the gap's rise in a step, in tolerances."""
+    reward_window: int = Field(0, ge=0)
+    """Give the constraint up, and halve lambda, where it rose over so many steps and the mean reward fell by 0.05; 0: never."""
     lambda_init: float = Field(1.0, ge=0)
     """Multiplier at the first step; `lambda_max` bounds it."""
     lambda_max: float | None = Field(None, gt=0)
@@ -106,7 +143,8 @@ class ConstraintConfig(_Table):
     ema: float = Field(0.9, ge=0, lt=1)
     """Decay of the average of the gap that the controller sees."""
     patience: int = Field(40, ge=1)
-    """Steps at `lambda_max` without a falling gap before the constraint is reported as infeasible and lambda is bounded."""
+    """Steps in violation without a falling gap, lambda at its bound or rising, before the constraint is reported as infeasible and
+    lambda is bounded."""
 
     @model_validator(mode="after")
     def lambda_starts_within_its_bound(self) -> ConstraintConfig:

@@ -19,7 +19,7 @@ import torch
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling, TokenSequence
 from hetero_rl.algorithm.advantage import group_advantages
-from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step
+from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, infeasible_message
 from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
 from hetero_rl.checkpoint import LoopState, save_checkpoint
 from hetero_rl.config import RunConfig
@@ -89,7 +89,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 sequences = with_old_logp(learner, snapshot, sequences)
             multiplier = state.dual.multiplier
             update = learner.update(sequences, multiplier)
-            dual = dual_step(state.dual, update.gap.mean(update.gap.engine_gap), dual_config)
+            gap = update.sums.gap
+            dual = dual_step(state.dual, gap.mean(gap.engine_gap), dual_config, rollouts.mean_reward)
             clock.lap("perf/learner_s")
 
             proof_gap, version = float("nan"), state.weight_version
@@ -101,8 +102,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
 
             if publisher.num_rebuilds and not state.num_rebuilds:
                 view.warn(rebuilt_message(profile, publisher))
-            if dual.infeasible and not state.dual.infeasible:
-                view.warn(infeasible_message(state, dual))
+            if dual.bound != state.dual.bound:
+                view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
             state = replace(state, calibration=publisher.calibration)
             row = step_row(state, rollouts, update, multiplier, proof_gap)
@@ -173,7 +174,10 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
         lambda_infeasible=constraint.multiplier_cap / 4,
         ema=constraint.ema,
         patience=constraint.patience,
-        ascent=constraint.controller == "dual" and constraint.signal != "off",
+        controller="off" if constraint.signal == "off" else constraint.controller,
+        kp=constraint.kp,
+        kd=constraint.kd,
+        reward_window=constraint.reward_window,
     )
 
 
@@ -205,13 +209,4 @@ def rebuilt_message(profile: TargetProfile, publisher: Publisher) -> str:
         f"an update of engine {profile.engine.name!r} failed its proof, and the engine was started anew on the weights: "
         f"{publisher.rebuilt_because}. The metric publish/rebuilds counts such updates; where it rises at every step, set "
         'engine.publish = "rebuild" in the profile'
-    )
-
-
-def infeasible_message(state: LoopState, dual: DualState) -> str:
-    """What a user reads when the constraint is given up."""
-    return (
-        f"the constraint is infeasible: lambda stood at its cap and the engine gap ({dual.gap_ema:.4f}) did not fall towards the tolerance "
-        f"({state.tolerance:.4f}; floor {state.floor.mean:.4f}). lambda is held at {dual.multiplier:g} from here on. "
-        "Raise constraint.tolerance, use constraint.signal = 'grey_box', or choose a target with a finer grid"
     )

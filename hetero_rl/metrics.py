@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "learner/policy_loss": Metric("1", "clipped surrogate, mean over response tokens"),
     "learner/entropy": Metric("nats", "mean entropy of the learner's next-token distribution at response tokens"),
     "learner/clip_fraction": Metric("share", "response tokens whose gradient the clip stops"),
+    "learner/effective_share": Metric(
+        "share", "effective sample size of the engine correction's weights over the response tokens; 1 without a correction, 0: all dropped"
+    ),
     "learner/grad_norm": Metric("1", "global gradient norm before clipping"),
     "learner/lr": Metric("1", "learning rate of the step"),
     "learner/skipped_steps": Metric("count", "optimizer steps skipped for a non-finite loss or gradient"),

@@ -27,7 +27,7 @@ def first_row(state: LoopState) -> dict[str, float]:
 
 def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float) -> dict[str, float]:
     """The numbers of a step, named as in `metrics.METRICS`."""
-    gap, rewards = update.gap, rollouts.rewards
+    sums, gap, rewards = update.sums, update.sums.gap, rollouts.rewards
     valid = rewards[np.isfinite(rewards)]
     lengths = [len(generation.tokens) for generation in rollouts.generations]
     return {
@@ -46,12 +46,13 @@ def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multipli
         "constraint/tolerance": state.tolerance,
         "constraint/lambda": multiplier,
         "constraint/gap_ema": state.dual.gap_ema if state.dual.gap_ema is not None else float("nan"),
-        "constraint/cost": update.constraint_cost,
+        "constraint/cost": sums.mean(sums.cost),
         "constraint/infeasible": int(state.dual.infeasible),
         "engine/nonfinite_logprobs": gap.num_nonfinite,
-        "learner/policy_loss": update.policy_loss,
-        "learner/entropy": update.entropy_nats,
-        "learner/clip_fraction": update.clip_fraction,
+        "learner/policy_loss": sums.mean(sums.policy_loss),
+        "learner/entropy": sums.mean(sums.entropy_nats),
+        "learner/clip_fraction": sums.mean(sums.num_clipped),
+        "learner/effective_share": sums.effective_share,
         "learner/grad_norm": update.grad_norm,
         "learner/lr": update.lr,
         "learner/skipped_steps": update.num_skipped,

@@ -32,6 +32,12 @@ class Rollouts:
         """Sampled tokens in all responses."""
         return sum(len(generation.tokens) for generation in self.generations)
 
+    @property
+    def mean_reward(self) -> float:
+        """Mean of the rewards that were given; NaN when none was."""
+        given = self.rewards[self.rewards == self.rewards]
+        return float(given.mean()) if len(given) else float("nan")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from hetero_rl.config import RunConfig
 
-CONTROLLER = ("eta", "patience")
+CONTROLLER = ("eta", "patience", "kp", "kd", "reward_window")
 
 
 def unused_settings(config: RunConfig) -> Iterator[str]:
     """One sentence for each setting that the user gave and that has no effect beside the others."""
     algorithm, constraint, learner = config.algorithm, config.constraint, config.learner
-    if "tis_cap" in algorithm.model_fields_set and algorithm.correction != "tis":
-        yield f"algorithm.tis_cap has no effect: algorithm.correction is {algorithm.correction!r}"
+    for name, useless in (("correction_low", ("none", "tis", "tis_sequence")), ("correction_high", ("none",))):
+        if name in algorithm.model_fields_set and algorithm.correction in useless:
+            yield f"algorithm.{name} has no effect: algorithm.correction is {algorithm.correction!r}"
     if constraint.signal == "off":
         for name in ("controller", "lambda_init", "lambda_max", *CONTROLLER):
             if name in constraint.model_fields_set:
@@ -22,6 +23,14 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
         for name in CONTROLLER:
             if name in constraint.model_fields_set:
                 yield f"constraint.{name} has no effect: constraint.controller is 'fixed', so lambda stays at lambda_init"
+    elif constraint.controller == "dual":
+        for name in ("kp", "kd"):
+            if name in constraint.model_fields_set:
+                yield f"constraint.{name} has no effect: constraint.controller is 'dual'"
+    if constraint.signal != "grey_box":
+        for name in ("grey_box_form", "grey_box_share"):
+            if name in constraint.model_fields_set:
+                yield f"constraint.{name} has no effect: constraint.signal is {constraint.signal!r}"
     num_updates = config.loop.num_steps * learner.updates_per_rollout
     if "warmup_steps" in learner.model_fields_set and learner.warmup_steps > num_updates:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"

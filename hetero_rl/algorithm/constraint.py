@@ -49,8 +49,6 @@ class DualConfig:
     """Steps in violation with a gap that does not fall before the constraint counts as infeasible."""
     min_progress: float = 0.02
     """Relative fall of the averaged gap that counts as progress and starts `patience` anew."""
-    ascent: bool = True
-    """False keeps lambda fixed, as `controller` "fixed" does."""
     controller: Controller = "dual"
     """What moves lambda."""
     kp: float = 0.0
@@ -118,7 +116,7 @@ def dual_step(state: DualState, engine_gap: float, config: DualConfig, reward_me
     state = replace(state, gap_ema=gap_ema)
     if config.controller == "off":
         return replace(state, multiplier=0.0)
-    if config.controller == "fixed" or not config.ascent:
+    if config.controller == "fixed":
         return state
     violation = gap_ema / config.tolerance - 1.0
     rise = 0.0 if gap_before is None else max(gap_ema - gap_before, 0.0) / config.tolerance

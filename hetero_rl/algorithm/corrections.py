@@ -28,37 +28,11 @@ Log-probs outside the mask may be NaN or infinite; the weight there is 0. No wei
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
-
 import torch
 from torch import Tensor
 
+from hetero_rl.algorithm.kinds import CENTERED, CORRECTIONS, DEFAULT_BOUNDS, Bounds, Centered, Correction
 from hetero_rl.algorithm.segments import Segments
-
-Correction = Literal["none", "tis", "tis_sequence", "mis", "mis_sequence", "mis_geometric", "icepop"]
-CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
-Centered = Literal["none", "tis", "mis", "icepop"]
-CENTERED: tuple[Centered, ...] = get_args(Centered)
-
-
-class Bounds(NamedTuple):
-    """[low, high] of an importance ratio, 0 <= low <= high; truncation (TIS) uses `high` alone."""
-
-    low: float
-    high: float
-
-
-DEFAULT_BOUNDS: dict[Correction, Bounds] = {
-    "none": Bounds(0.0, float("inf")),
-    "tis": Bounds(0.0, 2.0),
-    "tis_sequence": Bounds(0.0, 2.0),
-    "mis": Bounds(0.5, 2.0),
-    "mis_sequence": Bounds(0.5, 2.0),
-    "mis_geometric": Bounds(1 / 1.001, 1.001),
-    "icepop": Bounds(0.5, 5.0),
-}
-"""Published starting points, for engines of 8 and more bits. `mis_geometric` is a mean per token: the bounds of a product
-would let everything through, and on a coarse grid, where that mean lies some percent below 1, these drop everything."""
 
 
 def tis_weights(learner_old_logp: Tensor, engine_logp: Tensor, cap: float) -> Tensor:

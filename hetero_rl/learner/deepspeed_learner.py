@@ -17,17 +17,18 @@ from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import TokenSequence
-from hetero_rl.algorithm import corrections, losses, signals
-from hetero_rl.algorithm.discrepancy import GapSums, masked_mean, split_gap
+from hetero_rl.algorithm.kinds import GreyBoxForm
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import follows_packing
+from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import start_engine
 from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
+from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import Policy, TokenStats
 from hetero_rl.types import TrainSequence
 
@@ -42,13 +43,9 @@ class LearnerScores:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """What one call of `Learner.update` measured; means over the tokens with a finite engine log-prob."""
+    """What one call of `Learner.update` measured: sums over the tokens, the mean gradient norm of its steps, the last learning rate."""
 
-    gap: GapSums
-    policy_loss: float
-    constraint_cost: float
-    entropy_nats: float
-    clip_fraction: float
+    sums: LossSums
     grad_norm: float
     lr: float
     num_skipped: int
@@ -77,32 +74,38 @@ class Learner:
         self._stored = stored_tensors(lm, model_dir)
         compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
-        # Without the grey box only the proof of a publish runs the twin, once: not worth a second copy of the model.
-        self.twins = add_twin(lm, quantizer, self._stored, keep=constraint.signal == "grey_box")
+        # Where only the proof of a publish runs the twin, and that once, it is not worth a second copy of the model.
+        self.twins = add_twin(lm, quantizer, self._stored, keep=constraint.signal == "grey_box" or learner.forward == "fake_quant")
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
         self._engine = start_engine(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
         self.device: torch.device = self._engine.device
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._num_updates = 0, 0
+        self._as_twin = learner.forward == "fake_quant"
+        if self._as_twin and not self.twins:
+            raise UsageError(
+                "learner.forward = 'fake_quant' has nothing to round: the target quantizes no linear layer. Leave it at 'bf16'"
+            )
 
     @property
     def policy(self) -> Policy:
         """The module under DeepSpeed's wrapper."""
         return self._engine.module  # type: ignore[no-any-return]
 
-    def score(self, sequences: Sequence[TokenSequence], *, as_twin: bool = False) -> list[LearnerScores]:
+    def score(self, sequences: Sequence[TokenSequence], *, as_twin: bool | None = None) -> list[LearnerScores]:
         """Log-probs of the response tokens under the current weights, at the rollout temperature; no gradient.
 
-        `as_twin` scores with the fake-quantized weights: what the target should answer, up to its kernels' rounding.
+        `as_twin` scores with the fake-quantized weights: what the target should answer, up to its kernels' rounding. None: as the
+        learner learns (`learner.forward`).
         """
         prompts = [sequence.tokens[: sequence.prompt_len] for sequence in sequences]
         responses = [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
         scores: dict[int, LearnerScores] = {}
         with torch.no_grad():
             for batch in self._micro_batches(prompts, responses):
-                stats = self._forward(batch, as_twin=as_twin)
+                stats = self._forward(batch, as_twin=self._as_twin if as_twin is None else as_twin)
                 for (index, logps), (_, greedy) in zip(batch.unflatten(stats.logp), batch.unflatten(stats.greedy), strict=True):
                     scores[index] = LearnerScores(logps, greedy)
         return [scores[index] for index in range(len(sequences))]
@@ -118,80 +121,34 @@ class Learner:
             sequences = self._with_old_logp(sequences)
         share = math.ceil(len(sequences) / num_updates)
         steps = [self._step(sequences[start : start + share], multiplier) for start in range(0, len(sequences), share)]
-        gap = sum((step.gap for step in steps), GapSums())
-
-        def mean(field: str) -> float:
-            return float(np.mean([getattr(step, field) for step in steps]))
-
-        means = {field: mean(field) for field in ("policy_loss", "constraint_cost", "entropy_nats", "clip_fraction", "grad_norm")}
-        return UpdateStats(gap=gap, lr=steps[-1].lr, num_skipped=sum(step.num_skipped for step in steps), **means)
+        return UpdateStats(
+            sum((step.sums for step in steps), LossSums()),
+            float(np.mean([step.grad_norm for step in steps])),
+            steps[-1].lr,
+            sum(step.num_skipped for step in steps),
+        )
 
     def _step(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """Accumulate the gradient of one batch over its micro-batches, then one optimizer step."""
         num_tokens = max(1, sum(int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences))
-        totals: dict[str, float] = {}
-        gap = GapSums()
-        teaching, silent = self.split_by_gradient(sequences, multiplier)
-        for part in (teaching, silent):
-            with torch.set_grad_enabled(part is teaching):
-                for batch in self._micro_batches([sequence.prompt for sequence in part], [sequence.tokens for sequence in part]):
-                    loss, batch_gap, sums = self._loss(batch, part, multiplier)
-                    if part is teaching:
+        sums = LossSums()
+        for part in split_batch(sequences, self.constraint, multiplier, self._num_updates):
+            with torch.set_grad_enabled(part.with_gradient):
+                for batch in self._micro_batches([s.prompt for s in part.sequences], [s.tokens for s in part.sequences]):
+                    stats = self._forward(batch, grey_box=part.grey_box, as_twin=self._as_twin)
+                    cost_weight = multiplier * part.cost_scale
+                    loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, cost_weight)
+                    if part.with_gradient:
                         self._engine.backward(loss / num_tokens)
-                    gap = gap + batch_gap
-                    for name, value in sums.items():
-                        totals[name] = totals.get(name, 0.0) + value / num_tokens
+                    sums = sums + found
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
         self.forget_twins()
+        self._num_updates += 1
         num_skipped = 0 if self._engine.was_step_applied() else 1
         grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._count_skips(num_skipped, grad_norm, totals["policy_loss"] + totals["constraint_cost"])
-        return UpdateStats(gap=gap, grad_norm=grad_norm, lr=lr, num_skipped=num_skipped, **totals)
-
-    def split_by_gradient(
-        self, sequences: Sequence[TrainSequence], multiplier: float
-    ) -> tuple[Sequence[TrainSequence], Sequence[TrainSequence]]:
-        """(those with a gradient, those that are only measured): without a constraint at work, an advantage of 0 has no gradient.
-
-        All of them when none has one: DeepSpeed takes no step without a backward pass.
-        """
-        constrained = self.constraint.signal != "off" and multiplier > 0.0
-        teaching = [sequence for sequence in sequences if constrained or sequence.advantage != 0.0]
-        if len(teaching) in (0, len(sequences)):
-            return sequences, []
-        return teaching, [sequence for sequence in sequences if sequence.advantage == 0.0]
-
-    def _loss(self, batch: MicroBatch, sequences: Sequence[TrainSequence], multiplier: float) -> tuple[Tensor, GapSums, dict[str, float]]:
-        """Policy loss plus lambda times the constraint's cost, summed over the tokens with a finite engine log-prob."""
-        signal = self.constraint.signal
-        stats = self._forward(batch, with_twin_kl=signal == "grey_box" and multiplier > 0.0)
-        engine_logp = batch.flatten([sequence.engine_logp for sequence in sequences], self.device)
-        advantage = batch.flatten([np.full(len(sequence.tokens), sequence.advantage) for sequence in sequences], self.device)
-        known = [sequence.learner_old_logp for sequence in sequences]
-        old_logp = (
-            stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], self.device)
-        )
-        gap = split_gap(stats.logp.detach(), old_logp, engine_logp)
-
-        mask = torch.isfinite(engine_logp)
-        engine_logp = torch.where(mask, engine_logp, old_logp)
-        weight = corrections.tis_weights(old_logp, engine_logp, self.algorithm.tis_cap) if self.algorithm.correction == "tis" else 1.0
-        if signal == "advantage":
-            advantage = signals.advantage_side(advantage, stats.logp, engine_logp, multiplier)
-        clip = (self.algorithm.clip_low, self.algorithm.clip_high)
-        policy_loss = torch.where(mask, losses.ppo_clip_loss(stats.logp, old_logp, advantage, weight, *clip), 0.0).sum()
-
-        cost = torch.zeros_like(policy_loss)
-        if stats.twin_kl is not None:
-            cost = torch.where(mask, stats.twin_kl, 0.0).sum()
-        elif signal == "loss":
-            cost = torch.where(mask, signals.loss_side_cost(stats.logp, engine_logp), 0.0).sum()
-        with torch.no_grad():
-            clipped = torch.where(mask, losses.clip_fraction(stats.logp, old_logp, advantage, *clip), 0.0).sum()
-            entropy = masked_mean(stats.entropy, mask) * mask.sum()
-        sums = {"policy_loss": policy_loss, "constraint_cost": cost, "entropy_nats": entropy, "clip_fraction": clipped}
-        return policy_loss + multiplier * cost, gap, {name: float(total.detach()) for name, total in sums.items()}
+        self._count_skips(num_skipped, grad_norm, (sums.policy_loss + sums.cost) / num_tokens)
+        return UpdateStats(sums, grad_norm, lr, num_skipped)
 
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""
@@ -202,8 +159,8 @@ class Learner:
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)
         return filled
 
-    def _forward(self, batch: MicroBatch, *, with_twin_kl: bool = False, as_twin: bool = False) -> TokenStats:
-        stats: TokenStats = self._engine(batch, self.temperature, with_twin_kl=with_twin_kl, as_twin=as_twin)
+    def _forward(self, batch: MicroBatch, *, grey_box: GreyBoxForm | None = None, as_twin: bool = False) -> TokenStats:
+        stats: TokenStats = self._engine(batch, self.temperature, grey_box=grey_box, as_twin=as_twin)
         return stats
 
     def _micro_batches(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens]) -> Iterator[MicroBatch]:
@@ -295,16 +252,15 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write master weights, optimizer and scheduler state into `folder`."""
-        self._engine.save_checkpoint(
-            str(folder), tag="learner", client_state={"skipped_in_a_row": self._skipped_in_a_row}, save_latest=False
-        )
+        client_state = {"skipped_in_a_row": self._skipped_in_a_row, "num_updates": self._num_updates}
+        self._engine.save_checkpoint(str(folder), tag="learner", client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         if not (folder / "learner").is_dir():
             raise UsageError(f"checkpoint {folder} holds no learner state; resume from an older checkpoint")
         _, client_state = self._engine.load_checkpoint(str(folder), tag="learner")
-        self._skipped_in_a_row = int(client_state["skipped_in_a_row"])
+        self._skipped_in_a_row, self._num_updates = int(client_state["skipped_in_a_row"]), int(client_state["num_updates"])
         self.forget_twins()
 
     def close(self) -> None:

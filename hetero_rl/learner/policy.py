@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hetero_rl.algorithm.signals import grey_box_kl
+from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.signals import grey_box_cost
 from hetero_rl.learner.attention import packed_arguments
 from hetero_rl.learner.batching import MicroBatch
 from hetero_rl.learner.fake_quant import TwinLayer, twin
 
 
 class TokenStats(NamedTuple):
-    """Per response token: `logp` (with gradient), `entropy` (no gradient), `twin_kl` (with gradient; None if not asked), `greedy`.
+    """Per response token: `logp` (with gradient), `entropy` (no gradient), `twin_cost` (with gradient; None if not asked), `greedy`.
 
     float32 [num_tokens] in nats, `greedy` int64 [num_tokens].
     """
@@ -23,11 +24,11 @@ class TokenStats(NamedTuple):
     logp: Tensor
     entropy: Tensor
     greedy: Tensor
-    twin_kl: Tensor | None
+    twin_cost: Tensor | None
 
 
 class Policy(nn.Module):
-    """Log-probs of response tokens, logits in chunks, the twin's KL beside them."""
+    """Log-probs of response tokens, logits in chunks, the grey box's cost beside them."""
 
     lm: Any
 
@@ -38,24 +39,25 @@ class Policy(nn.Module):
         self.twins = twins
         self.chunk_elements = chunk_elements
 
-    def forward(self, batch: MicroBatch, temperature: float, with_twin_kl: bool = False, as_twin: bool = False) -> TokenStats:
+    def forward(self, batch: MicroBatch, temperature: float, grey_box: GreyBoxForm | None = None, as_twin: bool = False) -> TokenStats:
         """Statistics of the response tokens of `batch`, at the rollout temperature.
 
-        `with_twin_kl` runs the fake-quantized twin beside the learner (a second forward pass); `as_twin` runs the twin alone.
+        `as_twin` runs the fake-quantized twin in place of the learner; `grey_box` runs the other of the two beside it (a second
+        forward pass) for the cost between them.
         """
         targets = batch.targets
         hidden = self._hidden(batch, as_twin)
-        twin_hidden = self._hidden(batch, as_twin=True) if with_twin_kl else None
+        other = None if grey_box is None else self._hidden(batch, not as_twin)
         chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))
         parts = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            arguments = (hidden[part], None if twin_hidden is None else twin_hidden[part], targets[part], temperature, as_twin)
+            arguments = (hidden[part], None if other is None else other[part], targets[part], temperature, grey_box, as_twin)
             # One chunk keeps its logits for the backward pass; several would keep all of them, so they are recomputed.
             keep = len(targets) <= chunk or not torch.is_grad_enabled()
             parts.append(self._token_stats(*arguments) if keep else checkpoint(self._token_stats, *arguments, use_reentrant=False))
-        logp, entropy, greedy, kl = zip(*parts, strict=True)
-        return TokenStats(torch.cat(logp), torch.cat(entropy), torch.cat(greedy), torch.cat(kl) if with_twin_kl else None)
+        logp, entropy, greedy, cost = zip(*parts, strict=True)
+        return TokenStats(torch.cat(logp), torch.cat(entropy), torch.cat(greedy), None if grey_box is None else torch.cat(cost))
 
     def _hidden(self, batch: MicroBatch, as_twin: bool) -> Tensor:
         """The last hidden states that predict the response tokens, [num_tokens, hidden_size]."""
@@ -71,7 +73,7 @@ class Policy(nn.Module):
         return logits if temperature == 1.0 else logits / temperature
 
     def _token_stats(
-        self, hidden: Tensor, twin_hidden: Tensor | None, targets: Tensor, temperature: float, as_twin: bool
+        self, hidden: Tensor, other: Tensor | None, targets: Tensor, temperature: float, grey_box: GreyBoxForm | None, as_twin: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         logits = self._logits(hidden, temperature, as_twin)
         logp_all = torch.log_softmax(logits, dim=-1)
@@ -79,5 +81,9 @@ class Policy(nn.Module):
         with torch.no_grad():
             entropy = -(logp_all.exp() * logp_all).sum(dim=-1)
             greedy = logits.argmax(dim=-1)
-        kl = None if twin_hidden is None else grey_box_kl(self._logits(twin_hidden, temperature, as_twin=True), logits)
-        return logp, entropy, greedy, kl
+        cost = None
+        if other is not None and grey_box is not None:
+            other_logits = self._logits(other, temperature, not as_twin)
+            twin_logits, learner_logits = (logits, other_logits) if as_twin else (other_logits, logits)
+            cost = grey_box_cost(grey_box, twin_logits, learner_logits, targets)
+        return logp, entropy, greedy, cost

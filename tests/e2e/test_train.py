@@ -208,7 +208,7 @@ def test_a_reward_that_raises_costs_no_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signal_name", ["off", "loss", "advantage"])
 def test_every_signal_runs(signal_name: str, tmp_path: Path) -> None:
-    settings = with_settings(*SHORT_RUN, "loop.num_steps=2", f"constraint.signal={signal_name}", "algorithm.correction=tis")
+    settings = with_settings(*SHORT_RUN, "loop.num_steps=2", f"constraint.signal={signal_name}", "algorithm.correction=mis_sequence")
     result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     row = read_metrics(tmp_path / "run")[-1]

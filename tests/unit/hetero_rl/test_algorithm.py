@@ -10,8 +10,9 @@ import torch
 
 from deploy_targets.errors import EngineError
 from hetero_rl.algorithm.advantage import group_advantages
+from hetero_rl.algorithm.kinds import GreyBoxForm
 from hetero_rl.algorithm.losses import clip_fraction, ppo_clip_loss
-from hetero_rl.algorithm.signals import advantage_side, grey_box_kl, loss_side_cost
+from hetero_rl.algorithm.signals import advantage_side, grey_box_cost, grey_box_kl, grey_box_sampled, grey_box_top, loss_side_cost
 from hetero_rl.algorithm.tolerance import Floor, measure_floor, remeasured_floor, tolerance_from
 
 NAN = float("nan")
@@ -86,6 +87,31 @@ class TestSignals:
         # d KL(m || p) / d learner logits = p - m, an independent derivation.
         assert torch.allclose(learner.grad, learner.detach().softmax(-1) - twin.detach().softmax(-1))
         assert twin.grad.abs().max() > 0
+
+    @pytest.mark.parametrize("form", ["kl", "top", "sampled"])
+    def test_every_form_has_the_gradient_of_both_sides(self, form: GreyBoxForm) -> None:
+        generator = torch.Generator().manual_seed(0)
+        twin, learner = (torch.randn(6, 40, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2))
+        targets = torch.arange(6)
+        assert torch.autograd.gradcheck(lambda a, b: grey_box_cost(form, a, b, targets), (twin, learner))
+
+    def test_the_top_tokens_bound_the_kl_from_below_and_meet_it_when_they_are_all(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        twin, learner = (3 * torch.randn(50, 40, dtype=torch.float64, generator=generator) for _ in range(2))
+        whole = grey_box_kl(twin, learner)
+        fewer, more = grey_box_top(twin, learner, 4), grey_box_top(twin, learner, 16)
+        assert (fewer <= more + 1e-12).all()
+        assert (more <= whole + 1e-12).all()
+        assert (more / whole).mean() > 0.9
+        torch.testing.assert_close(grey_box_top(twin, learner, 39), whole)
+        p, q = twin[0].softmax(-1).numpy(), learner[0].softmax(-1).numpy()
+        top = np.argsort(-p)[:4]
+        rest = 1 - p[top].sum(), 1 - q[top].sum()
+        assert fewer[0].item() == pytest.approx((p[top] * np.log(p[top] / q[top])).sum() + rest[0] * np.log(rest[0] / rest[1]))
+
+    def test_the_sampled_form_is_abs_dp(self) -> None:
+        twin, learner = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.5, 0.3, 0.2]]).log()
+        assert grey_box_sampled(twin, learner, torch.tensor([1])).item() == pytest.approx(0.1)
 
     def test_loss_side_gradient_is_the_learners_alone(self) -> None:
         learner, engine = logps(0.6, 0.2, grad=True), logps(0.5, 0.5, grad=True)

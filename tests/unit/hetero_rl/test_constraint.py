@@ -63,7 +63,7 @@ def test_a_gap_that_meets_the_tolerance_now_and_then_is_not_infeasible() -> None
 
 
 def test_fixed_keeps_lambda_and_still_averages() -> None:
-    state = run(DualState(0.3), [0.05] * 50, replace(CONFIG, ascent=False))
+    state = run(DualState(0.3), [0.05] * 50, replace(CONFIG, controller="fixed"))
     assert (state.multiplier, state.gap_ema) == (0.3, pytest.approx(0.05))
 
 

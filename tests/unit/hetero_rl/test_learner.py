@@ -11,6 +11,7 @@ import torch
 
 from deploy_targets.errors import UsageError
 from deploy_targets.types import TokenSequence
+from hetero_rl.config import AlgorithmConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import short_causal_attention
 from hetero_rl.learner.fake_quant import add_twin, twin
@@ -71,9 +72,11 @@ def test_gradient_does_not_depend_on_the_cut(make_learner: MakeLearner) -> None:
     """One micro-batch or many, one logit chunk or many: the same loss, gap and gradient norm up to bf16."""
     whole = make_learner("grey_box").update(sequences(), 0.3)
     cut = make_learner("grey_box", tokens_per_micro_batch=32, logit_chunk_elements=1024).update(sequences(), 0.3)
-    assert cut.gap.num_tokens == whole.gap.num_tokens
-    for field in ("policy_loss", "constraint_cost", "entropy_nats", "grad_norm"):
-        assert getattr(cut, field) == pytest.approx(getattr(whole, field), rel=0.03, abs=2e-3), field
+    num_tokens = whole.sums.gap.num_tokens
+    assert cut.sums.gap.num_tokens == num_tokens
+    assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=0.03, abs=2e-3)
+    for field in ("policy_loss", "cost", "entropy_nats"):
+        assert getattr(cut.sums, field) / num_tokens == pytest.approx(getattr(whole.sums, field) / num_tokens, rel=0.03, abs=2e-3), field
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -81,9 +84,9 @@ def test_zero_stages_agree(make_learner: MakeLearner, stage: int) -> None:
     reference = make_learner("grey_box")
     sharded = make_learner("grey_box", zero_stage=stage)
     for _ in range(2):
-        expected, got = reference.update(sequences(), 0.3), sharded.update(sequences(), 0.3)
-        assert got.policy_loss == pytest.approx(expected.policy_loss, rel=0.02, abs=2e-3)
-        assert got.constraint_cost == pytest.approx(expected.constraint_cost, rel=0.02, abs=2e-3)
+        expected, got = reference.update(sequences(), 0.3).sums, sharded.update(sequences(), 0.3).sums
+        assert got.mean(got.policy_loss) == pytest.approx(expected.mean(expected.policy_loss), rel=0.02, abs=2e-3)
+        assert got.mean(got.cost) == pytest.approx(expected.mean(expected.cost), rel=0.02, abs=2e-3)
     for (name, a), (other, b) in zip(reference.named_tensors(), sharded.named_tensors(), strict=True):
         assert name == other
         assert a.shape == b.shape
@@ -108,7 +111,7 @@ def test_policy_gradient_raises_the_probability_of_good_tokens(make_learner: Mak
 def test_penalty_lowers_its_cost(make_learner: MakeLearner, signal: str) -> None:
     batch = [replace(s, advantage=0.0) for s in sequences(16)]
     learner = make_learner(signal)
-    costs = [learner.update(batch, 1.0).constraint_cost for _ in range(12)]
+    costs = [learner.update(batch, 1.0).sums.cost for _ in range(12)]
     assert costs[-1] < 0.9 * costs[0]
 
 
@@ -124,9 +127,10 @@ def test_nonfinite_engine_logps_change_nothing_else(make_learner: MakeLearner) -
     tokens = np.concatenate([batch[0].tokens, [5]]).astype(np.int32)
     dirty = [replace(batch[0], tokens=tokens, engine_logp=np.concatenate([engine_logp, [np.nan]]).astype(np.float32)), *batch[1:]]
     clean_stats, dirty_stats = make_learner("loss").update(batch, 0.3), make_learner("loss").update(dirty, 0.3)
-    assert dirty_stats.gap.num_nonfinite == 1
-    assert dirty_stats.gap.num_tokens == clean_stats.gap.num_tokens
-    assert dirty_stats.policy_loss == pytest.approx(clean_stats.policy_loss, rel=0.02, abs=1e-3)
+    clean_sums, dirty_sums = clean_stats.sums, dirty_stats.sums
+    assert dirty_sums.gap.num_nonfinite == 1
+    assert dirty_sums.gap.num_tokens == clean_sums.gap.num_tokens
+    assert dirty_sums.policy_loss == pytest.approx(clean_sums.policy_loss, rel=0.02, abs=1e-3 * clean_sums.gap.num_tokens)
 
 
 def test_nonfinite_step_is_skipped_then_stops_the_run(make_learner: MakeLearner) -> None:
@@ -145,7 +149,7 @@ def test_several_updates_measure_staleness_apart(make_learner: MakeLearner) -> N
     one, several = make_learner().update(sequences(16), 0.0), make_learner(updates_per_rollout=4, lr=1e-2).update(sequences(16), 0.0)
     assert one.gap.staleness_gap == 0.0
     assert several.gap.staleness_gap > 0.0
-    assert several.gap.engine_gap == pytest.approx(one.gap.engine_gap, rel=0.02)
+    assert several.sums.gap.engine_gap == pytest.approx(one.sums.gap.engine_gap, rel=0.02)
 
 
 def test_snapshot_scores_are_those_of_the_older_weights(make_learner: MakeLearner) -> None:
@@ -200,3 +204,26 @@ def test_short_attention_is_attention(length: int, num_kv_heads: int) -> None:
     expected.pow(2).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-4)
+
+
+def test_a_learner_that_learns_as_the_twin(make_learner: MakeLearner) -> None:
+    """Its scores, losses and gaps are the twin's; the grey box then pulls on the bf16 weights beside it."""
+    plain, fake = make_learner(), make_learner(forward="fake_quant")
+    batch = as_sequences(sequences())
+    twin_scores = plain.score(batch, as_twin=True)
+    assert all((a.logps == b.logps).all() for a, b in zip(fake.score(batch), twin_scores, strict=True))
+    on_engine = [replace(s, engine_logp=score.logps) for s, score in zip(sequences(), twin_scores, strict=True)]
+    assert fake.update(on_engine, 0.0).sums.gap.engine_gap < 1e-3 < plain.update(on_engine, 0.0).sums.gap.engine_gap
+    beside = make_learner("grey_box", forward="fake_quant").update(sequences(), 0.3).sums
+    alone = make_learner("grey_box").update(sequences(), 0.3).sums
+    assert beside.cost == pytest.approx(alone.cost, rel=0.02), "the same two sides, whichever learns"
+
+
+def test_correction_weights_are_counted(make_learner: MakeLearner) -> None:
+    def share(kind: str, **bounds: float) -> float:
+        algorithm = AlgorithmConfig.model_validate({"correction": kind, **bounds})
+        return make_learner(algorithm=algorithm).update(sequences(), 0.0).sums.effective_share
+
+    assert share("none") == pytest.approx(1.0)
+    assert 0.0 < share("tis") < 1.0
+    assert share("mis", correction_low=1e6, correction_high=1e7) == 0.0, "every token was dropped"

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from deploy_targets.errors import UsageError
+from hetero_rl.config import ConstraintConfig
 from hetero_rl.learner import attention
+from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.learner.model import check_head, load_causal_lm
@@ -61,8 +63,8 @@ def gradients(learner: Learner, batch: list[TrainSequence], packed: bool) -> dic
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     weights = [np.sin(np.arange(len(s.tokens)) + 10.0 * i) for i, s in enumerate(batch)]
     for micro in micro_batches([s.prompt for s in batch], [s.tokens for s in batch], 200, torch.device("cpu"), packed=packed):
-        stats = learner.policy(micro, 1.0, with_twin_kl=True)
-        loss = ((stats.logp + stats.twin_kl) * micro.flatten(weights, torch.device("cpu"))).sum()
+        stats = learner.policy(micro, 1.0, grey_box="kl")
+        loss = ((stats.logp + stats.twin_cost) * micro.flatten(weights, torch.device("cpu"))).sum()
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[name] += gradient.float()
     return total
@@ -123,13 +125,31 @@ def test_sequences_without_a_gradient_are_measured_all_the_same(make_learner: Ma
     for almost in (0.0, 1e-30):
         batch = [replace(s, advantage=almost) if i % 3 else s for i, s in enumerate(grouped())]
         learner = make_learner("loss")
-        assert [len(part) for part in learner.split_by_gradient(batch, 0.0)] == ([5, 10] if almost == 0.0 else [15, 0])
-        assert len(learner.split_by_gradient(batch, 0.1)[0]) == 15
+        assert [len(part.sequences) for part in split_batch(batch, learner.constraint, 0.0, 0)] == ([5, 10] if almost == 0.0 else [15])
+        assert [len(part.sequences) for part in split_batch(batch, learner.constraint, 0.1, 0)] == [15]
         updates.append(learner.update(batch, 0.0))
     saved, whole = updates
-    assert saved.gap.num_tokens == whole.gap.num_tokens
-    for field in ("grad_norm", "policy_loss", "entropy_nats", "constraint_cost"):
-        assert getattr(saved, field) == pytest.approx(getattr(whole, field), rel=1e-3), field
+    assert saved.sums.gap.num_tokens == whole.sums.gap.num_tokens
+    assert saved.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)
+    for field in ("policy_loss", "entropy_nats", "cost"):
+        assert getattr(saved.sums, field) == pytest.approx(getattr(whole.sums, field), rel=1e-3), field
+
+
+def test_a_share_of_the_prompts_takes_turns_in_the_grey_box() -> None:
+    batch = grouped()
+    config = ConstraintConfig(grey_box_share=0.4)
+    prompts = {s.prompt for s in batch}
+    turns: list[set[tuple[int, ...]]] = []
+    for num_updates in range(5):
+        parts = split_batch(batch, config, 0.3, num_updates)
+        assert sum(len(part.sequences) for part in parts) == len(batch)
+        paired = next(part for part in parts if part.grey_box)
+        assert paired.cost_scale == len(batch) / len(paired.sequences)
+        turns.append({s.prompt for s in paired.sequences})
+        assert len(turns[-1]) == 2, "0.4 of five prompts"
+        assert all(s.prompt not in turns[-1] for part in parts if part is not paired for s in part.sequences)
+    assert set.union(*turns) == prompts
+    assert split_batch(batch, config, 0.0, 0)[0].grey_box is None, "lambda 0 runs no twin"
 
 
 def test_a_batch_without_any_advantage_still_takes_its_step(make_learner: MakeLearner) -> None:

@@ -1,0 +1,34 @@
+"""The names under which a config chooses among the pieces of the method; no torch, so that any command can read a config."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+Correction = Literal["none", "tis", "tis_sequence", "mis", "mis_sequence", "mis_geometric", "icepop"]
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+Centered = Literal["none", "tis", "mis", "icepop"]
+CENTERED: tuple[Centered, ...] = get_args(Centered)
+
+
+class Bounds(NamedTuple):
+    """[low, high] of an importance ratio, 0 <= low <= high; truncation (TIS) uses `high` alone."""
+
+    low: float
+    high: float
+
+
+DEFAULT_BOUNDS: dict[Correction, Bounds] = {
+    "none": Bounds(0.0, float("inf")),
+    "tis": Bounds(0.0, 2.0),
+    "tis_sequence": Bounds(0.0, 2.0),
+    "mis": Bounds(0.5, 2.0),
+    "mis_sequence": Bounds(0.5, 2.0),
+    "mis_geometric": Bounds(1 / 1.001, 1.001),
+    "icepop": Bounds(0.5, 5.0),
+}
+"""Of `corrections.correction_weights`. Published starting points, for engines of 8 and more bits. `mis_geometric` is a mean per token:
+the bounds of a product would let everything through, and on a coarse grid, where that mean lies some percent below 1, these drop
+everything."""
+
+GreyBoxForm = Literal["kl", "top", "sampled"]
+"""Of `signals.grey_box_cost`."""

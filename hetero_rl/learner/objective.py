@@ -1,0 +1,104 @@
+"""What an update minimises: policy loss plus lambda times the constraint's cost, over the tokens with a finite engine log-prob."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_rl.algorithm import losses, signals
+from hetero_rl.algorithm.corrections import correction_weights
+from hetero_rl.algorithm.discrepancy import GapSums, split_gap
+from hetero_rl.algorithm.segments import Segments
+from hetero_rl.config import AlgorithmConfig, ConstraintConfig
+from hetero_rl.learner.batching import MicroBatch
+from hetero_rl.learner.policy import TokenStats
+from hetero_rl.types import TrainSequence
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums over the tokens of one part of a batch; they add, so that means do not depend on how it was cut."""
+
+    policy_loss: float = 0.0
+    cost: float = 0.0
+    entropy_nats: float = 0.0
+    num_clipped: float = 0.0
+    weights: float = 0.0
+    squared_weights: float = 0.0
+    gap: GapSums = field(default_factory=GapSums)
+
+    def __add__(self, other: LossSums) -> LossSums:
+        """Sums over both parts."""
+        return LossSums(
+            self.policy_loss + other.policy_loss,
+            self.cost + other.cost,
+            self.entropy_nats + other.entropy_nats,
+            self.num_clipped + other.num_clipped,
+            self.weights + other.weights,
+            self.squared_weights + other.squared_weights,
+            self.gap + other.gap,
+        )
+
+    def mean(self, total: float) -> float:
+        """`total` per token with a finite engine log-prob; NaN where there is none."""
+        return self.gap.mean(total)
+
+    @property
+    def effective_share(self) -> float:
+        """Effective sample size of the engine correction's weights, per token; see `corrections.effective_share`."""
+        if self.gap.num_tokens == 0 or self.squared_weights == 0.0:
+            return 0.0 if self.gap.num_tokens else float("nan")
+        return self.weights**2 / (self.gap.num_tokens * self.squared_weights)
+
+
+def objective(
+    stats: TokenStats,
+    batch: MicroBatch,
+    sequences: Sequence[TrainSequence],
+    algorithm: AlgorithmConfig,
+    constraint: ConstraintConfig,
+    multiplier: float,
+) -> tuple[Tensor, LossSums]:
+    """The sum over the tokens of `batch` of policy loss plus `multiplier` times cost, with gradient; and what is logged.
+
+    `sequences` are those that the batch's `indices` count in; `stats` are the learner's for it.
+    """
+    device = stats.logp.device
+    engine_logp = batch.flatten([sequence.engine_logp for sequence in sequences], device)
+    advantage = batch.flatten([np.full(len(sequence.tokens), sequence.advantage) for sequence in sequences], device)
+    known = [sequence.learner_old_logp for sequence in sequences]
+    old_logp = stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], device)
+    gap = split_gap(stats.logp.detach(), old_logp, engine_logp)
+
+    mask = torch.isfinite(engine_logp)
+    engine_logp = torch.where(mask, engine_logp, old_logp)
+    segments = Segments.of(batch.lengths, device)
+    weight = correction_weights(algorithm.correction, old_logp, engine_logp, mask, segments, algorithm.correction_bounds)
+    if constraint.signal == "advantage":
+        advantage = signals.advantage_side(advantage, stats.logp, engine_logp, multiplier)
+    clip = (algorithm.clip_low, algorithm.clip_high)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).sum()
+
+    policy_loss = total(losses.ppo_clip_loss(stats.logp, old_logp, advantage, weight, *clip))
+    cost = torch.zeros_like(policy_loss)
+    if stats.twin_cost is not None:
+        cost = total(stats.twin_cost)
+    elif constraint.signal == "loss":
+        cost = total(signals.loss_side_cost(stats.logp, engine_logp))
+    with torch.no_grad():
+        sums = LossSums(
+            policy_loss=float(policy_loss),
+            cost=float(cost),
+            entropy_nats=float(total(stats.entropy)),
+            num_clipped=float(total(losses.clip_fraction(stats.logp, old_logp, advantage, *clip))),
+            weights=float(weight.sum()),
+            squared_weights=float(weight.square().sum()),
+            gap=gap,
+        )
+    return policy_loss + multiplier * cost, sums
