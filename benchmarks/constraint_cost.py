@@ -33,7 +33,15 @@ def make_learner(model_dir: Path, signal: str, config: LearnerConfig | None = No
     quantizer = make_quantizer(models.load_profile(TARGET), model_dir)
     constraint = ConstraintConfig.model_validate({"signal": signal})
     return Learner(
-        model_dir, quantizer, config or LearnerConfig(), AlgorithmConfig(), constraint, temperature=1.0, num_updates=1000, seed=0
+        model_dir,
+        quantizer,
+        config or LearnerConfig(),
+        AlgorithmConfig(),
+        constraint,
+        temperature=1.0,
+        num_updates=1000,
+        max_response_tokens=9,
+        seed=0,
     )
 
 

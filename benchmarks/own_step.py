@@ -64,11 +64,10 @@ class OwnStep:
         """Rollout, reward, update with the dual step, publish with its proof."""
         import torch
 
-        from hetero_rl.algorithm.advantage import group_advantages
+        from hetero_rl.algorithm.advantage import advantages
         from hetero_rl.algorithm.constraint import dual_step
         from hetero_rl.learner.batch_parts import split_batch
-        from hetero_rl.loop import seeded
-        from hetero_rl.rollout import rewarded, sample, train_sequences
+        from hetero_rl.rollout import rewarded, sample, seeded, train_sequences
 
         spec, state, parts = self.spec, self.state, self.parts
         learner, publisher, task = parts.learner, parts.publisher, parts.task
@@ -79,8 +78,8 @@ class OwnStep:
         sampled = time.perf_counter()
         rollouts = rewarded(task, problems, generations, spec.group_size)
         judged = time.perf_counter()
-        advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=self.config.algorithm.normalize_std)
-        rollout_sequences = train_sequences(rollouts, advantages.numpy())
+        advantage = advantages(self.config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
+        rollout_sequences = train_sequences(rollouts, advantage.numpy())
         gap = learner.update(rollout_sequences, state.dual.multiplier).sums.gap
         dual = dual_step(state.dual, gap.mean(gap.engine_gap), self._dual_config)
         learned = time.perf_counter()

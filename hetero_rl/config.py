@@ -8,13 +8,25 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy_targets.errors import ProfileError, UsageError
 from deploy_targets.profile import TargetProfile, load_profile, validation_lines
-from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS, Bounds, Correction, GreyBoxForm
+from hetero_rl.algorithm.kinds import (
+    CENTERED,
+    DEFAULT_BOUNDS,
+    DEFAULT_CLIPS,
+    AdvantageKind,
+    Bounds,
+    Centered,
+    ClipRange,
+    Correction,
+    GreyBoxForm,
+    Normalization,
+    PolicyLoss,
+)
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
 
 
@@ -74,12 +86,19 @@ class LearnerConfig(_Table):
 class AlgorithmConfig(_Table):
     """`[algorithm]`: advantage, policy loss, engine correction."""
 
-    normalize_std: bool = True
-    """Divide group-centred rewards by the group's standard deviation (GRPO); false is Dr. GRPO."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """Lower clip range of the learner-against-learner ratio."""
-    clip_high: float = Field(0.28, gt=0)
-    """Upper clip range of the learner-against-learner ratio."""
+    advantage: AdvantageKind = "grpo"
+    """How much better a response was than the others: within its group, standardized (`grpo`), centred (`dr_grpo`), against the mean of
+    the others (`rloo`); or standardized over the batch (`reinforce_pp`, and `reinforce_pp_baseline` with the group's mean)."""
+    loss: PolicyLoss = "ppo_clip"
+    """Policy loss: clipped per token (`ppo_clip`) or per response (`gspo`), with a cut weight (`cispo`), or with a mask on the shift
+    of probability against the engine (`dppo`)."""
+    normalization: Normalization = "token"
+    """Mean over the tokens of a step (`token`), over responses of their means (`sequence`), or over responses of the sum by
+    `loop.max_response_tokens` (`dr`). The constraint's cost is a mean over tokens always."""
+    clip_low: float | None = Field(None, gt=0, le=1)
+    """How far the loss lets a token fall; unset: the published range of the loss (`ppo_clip`: 0.2)."""
+    clip_high: float | None = Field(None, gt=0)
+    """How far the loss lets a token rise; unset: the published range of the loss (`ppo_clip`: 0.28)."""
     correction: Correction = "none"
     """Engine correction: importance weights of p_learner / p_engine, truncated (`tis`) or dropped where they leave the bounds (`mis`,
     `icepop`), per token, per response (`_sequence`) or by the geometric mean of a response. All of them aim at the bf16 weights: use them
@@ -88,6 +107,9 @@ class AlgorithmConfig(_Table):
     """Lower bound of the ratio; unset: the published one of the correction."""
     correction_high: float | None = Field(None, gt=0)
     """Upper bound, or cap, of the ratio; unset: the published one of the correction."""
+    score_centering: bool = False
+    """Take the drift towards the engine out of the gradient, with the fake-quantized twin as the engine's distribution; one more
+    forward pass without gradient."""
 
     @model_validator(mode="after")
     def bounds_are_in_order(self) -> AlgorithmConfig:
@@ -96,6 +118,41 @@ class AlgorithmConfig(_Table):
         if low > high:
             raise ValueError(f"algorithm.correction_low = {low:g} is above algorithm.correction_high = {high:g}")
         return self
+
+    @model_validator(mode="after")
+    def dppo_is_its_own_correction(self) -> AlgorithmConfig:
+        """Its ratio against the engine is the importance weight already."""
+        if self.loss == "dppo" and self.correction != "none":
+            raise ValueError(
+                f"algorithm.loss = 'dppo' weighs each token by p_learner / p_engine itself; algorithm.correction = {self.correction!r} "
+                "would do so twice. Leave it at 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def centering_fits_loss_and_correction(self) -> AlgorithmConfig:
+        """The drift is a sum over the vocabulary: weights that exist for sampled tokens or whole responses alone have none."""
+        if not self.score_centering:
+            return self
+        if self.loss != "ppo_clip":
+            raise ValueError(f"algorithm.score_centering is derived for algorithm.loss = 'ppo_clip', not for {self.loss!r}")
+        if self.correction not in CENTERED:
+            raise ValueError(
+                f"algorithm.score_centering goes with algorithm.correction = {', '.join(map(repr, CENTERED))}, not with "
+                f"{self.correction!r}, whose weight belongs to a whole response"
+            )
+        return self
+
+    @property
+    def clip(self) -> ClipRange:
+        """Range of the loss, with its own where none is given."""
+        low, high = DEFAULT_CLIPS[self.loss]
+        return ClipRange(low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
+
+    @property
+    def centering(self) -> tuple[Centered, Bounds] | None:
+        """Weights of score centering with their bounds; None where it is off."""
+        return (cast("Centered", self.correction), self.correction_bounds) if self.score_centering else None
 
     @property
     def correction_bounds(self) -> Bounds:
@@ -172,6 +229,8 @@ class LoopConfig(_Table):
     """Problems per step."""
     samples_per_prompt: int = Field(8, ge=2)
     """Responses per problem: the group that advantages are computed in."""
+    resample_rounds: int = Field(0, ge=0)
+    """Times that, within a step, problems whose responses all earned the same reward are replaced by others (dynamic sampling)."""
     max_response_tokens: int = Field(64, ge=1)
     """Longest response."""
     temperature: float = Field(1.0, gt=0)
@@ -220,6 +279,13 @@ class RunConfig(_Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def centering_needs_two_weights(self) -> RunConfig:
+        """A learner that runs the rounded weights itself has no drift that its twin knows of."""
+        if self.algorithm.score_centering and self.learner.forward == "fake_quant":
+            raise ValueError("algorithm.score_centering has nothing to centre where learner.forward = 'fake_quant'; use one of them")
+        return self
 
     @model_validator(mode="after")
     def updates_divide_the_prompts(self) -> RunConfig:

@@ -13,12 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from deploy_targets.profile import TargetProfile
-from deploy_targets.types import Sampling, TokenSequence
-from hetero_rl.algorithm.advantage import group_advantages
+from deploy_targets.types import TokenSequence
+from hetero_rl.algorithm.advantage import advantages
 from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, infeasible_message
 from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
 from hetero_rl.checkpoint import LoopState, save_checkpoint
@@ -29,7 +28,7 @@ from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
 from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
-from hetero_rl.rollout import accuracy, probability_gap, rewarded, sample, train_sequences
+from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, probability_gap, sample, seeded, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
 from hetero_rl.types import TrainSequence
@@ -37,7 +36,6 @@ from hetero_rl.view import View
 
 NUM_PROOF_PROBES = 16
 PROOF_RESPONSE_TOKENS = 16
-CALIBRATION_STEP, FLOOR_STEPS = 999_999_999, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +75,10 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         while state.step < loop.num_steps and not (interrupted and state.step % loop.publish_every == 0):
             clock = Clock()
             with saved_on_failure(run.checkpoints, state, learner, config, view):
-                problems = task.train_problems(state.step, loop.prompts_per_step)
-                generations = sample(publisher.engine, task, problems, loop.samples_per_prompt, seeded(sampling, loop.seed, state.step))
-                clock.lap("perf/rollout_s")
-                rollouts = rewarded(task, problems, generations, loop.samples_per_prompt)
-                clock.lap("perf/reward_s")
+                rollouts = collect(publisher.engine, task, sampling, loop, state.step, clock.lap)
 
-            advantages = group_advantages(torch.from_numpy(rollouts.rewards), normalize_std=config.algorithm.normalize_std)
-            sequences = train_sequences(rollouts, advantages.numpy())
+            advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
+            sequences = train_sequences(rollouts, advantage.numpy())
             if snapshot is not None:
                 sequences = with_old_logp(learner, snapshot, sequences)
             multiplier = state.dual.multiplier
@@ -96,7 +90,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             proof_gap, version = float("nan"), state.weight_version
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
-                proof_gap = publisher.publish(version, [generation.sequence for generation in generations]).proof_gap
+                proof_gap = publisher.publish(version, [generation.sequence for generation in rollouts.generations]).proof_gap
                 snapshot = learner.snapshot() if snapshot is not None else None
             clock.lap("perf/publish_s")
 
@@ -179,11 +173,6 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
         kd=constraint.kd,
         reward_window=constraint.reward_window,
     )
-
-
-def seeded(sampling: Sampling, seed: int, step: int) -> Sampling:
-    """The sampling of one step: everything random in a run follows from (seed, step)."""
-    return replace(sampling, seed=int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences: list[TrainSequence]) -> list[TrainSequence]:

@@ -27,6 +27,7 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric("reward", "standard deviation of the same rewards"),
     "reward/dropped": Metric("count", "responses for which the reward function gave None"),
     "reward/flat_groups": Metric("share", "groups whose rewards are all equal: they carry no learning signal"),
+    "rollout/replaced_groups": Metric("groups", "groups of equal rewards that were replaced by others (`loop.resample_rounds`)"),
     "rollout/tokens": Metric("tokens", "sampled tokens of the step"),
     "rollout/response_tokens": Metric("tokens", "mean length of a response"),
     "rollout/truncated": Metric("share", "responses that ended at the length limit"),

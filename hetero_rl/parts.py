@@ -84,6 +84,7 @@ def assemble(
         config.constraint,
         temperature=config.loop.temperature,
         num_updates=config.loop.num_steps * config.learner.updates_per_rollout,
+        max_response_tokens=config.loop.max_response_tokens,
         seed=config.loop.seed,
     )
     stack.callback(learner.close)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,42 @@ from deploy_targets.errors import EngineError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling
 from deploy_targets.verify import SOLVED
+from hetero_rl.config import LoopConfig
 from hetero_rl.errors import RewardError
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.types import Rollouts, TrainSequence
+
+CALIBRATION_STEP, FLOOR_STEPS, RESAMPLING_STEPS = 999_999_999, 1_000_000_000, 2_000_000_000
+"""Beyond every step of a run: what is sampled under them is not what a step samples."""
+
+
+def collect(engine: Engine, task: Task, sampling: Sampling, loop: LoopConfig, step: int, lap: Callable[[str], None]) -> Rollouts:
+    """The rollouts of one step; `lap` books the seconds of its phases.
+
+    Groups whose rewards are all equal teach nothing. They are replaced by groups of other problems, up to `loop.resample_rounds`
+    times (dynamic sampling, DAPO, arXiv 2503.14476), which favours problems that are sometimes solved.
+    """
+
+    def drawn(seed_step: int, num_problems: int) -> Rollouts:
+        problems = task.train_problems(seed_step, loop.prompts_per_step)[:num_problems]
+        generations = sample(engine, task, problems, loop.samples_per_prompt, seeded(sampling, loop.seed, seed_step))
+        lap("perf/rollout_s")
+        rollouts = rewarded(task, problems, generations, loop.samples_per_prompt)
+        lap("perf/reward_s")
+        return rollouts
+
+    rollouts = drawn(step, loop.prompts_per_step)
+    for again in range(loop.resample_rounds):
+        flat = rollouts.flat_groups
+        if not flat.any():
+            break
+        rollouts = rollouts.replaced(flat, drawn(RESAMPLING_STEPS + step * loop.resample_rounds + again, int(flat.sum())))
+    return rollouts
+
+
+def seeded(sampling: Sampling, seed: int, step: int) -> Sampling:
+    """The sampling of one step: everything random in a run follows from (seed, step)."""
+    return replace(sampling, seed=int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def sample(engine: Engine, task: Task, problems: Sequence[Problem], group_size: int, sampling: Sampling) -> list[Generation]:

@@ -35,7 +35,8 @@ def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multipli
         "reward/mean": float(valid.mean()) if len(valid) else float("nan"),
         "reward/std": float(valid.std()) if len(valid) else float("nan"),
         "reward/dropped": int(rewards.size - len(valid)),
-        "reward/flat_groups": float(np.mean([np.nanmax(g) == np.nanmin(g) if np.isfinite(g).any() else True for g in rewards])),
+        "reward/flat_groups": float(rollouts.flat_groups.mean()),
+        "rollout/replaced_groups": rollouts.num_replaced,
         "rollout/tokens": rollouts.num_tokens,
         "rollout/response_tokens": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([generation.finish_reason == "length" for generation in rollouts.generations])),
@@ -71,9 +72,9 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
+        """Add the time since the last lap to `name`."""
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def row(self, num_tokens: int) -> dict[str, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploy_targets.types import TokenSequence
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from deploy_targets.types import Generation
@@ -26,11 +27,32 @@ class Rollouts:
     generations: list[Generation]
     rewards: NDArray[np.float32]
     weight_version: int
+    num_replaced: int = 0
+    """Groups that were sampled and then replaced."""
+    num_replaced_tokens: int = 0
+    """Tokens of their responses."""
 
     @property
     def num_tokens(self) -> int:
-        """Sampled tokens in all responses."""
-        return sum(len(generation.tokens) for generation in self.generations)
+        """Sampled tokens, those of replaced groups included."""
+        return self.num_replaced_tokens + sum(len(generation.tokens) for generation in self.generations)
+
+    @property
+    def flat_groups(self) -> NDArray[np.bool_]:
+        """Which groups have no two different rewards: bool [num_prompts]."""
+        return np.array([len(set(group[np.isfinite(group)].tolist())) < 2 for group in self.rewards])
+
+    def replaced(self, which: NDArray[np.bool_], others: Rollouts) -> Rollouts:
+        """The groups `which`, bool [num_prompts], in their order replaced by those of `others`."""
+        size = self.rewards.shape[1]
+        problems, generations, rewards = list(self.problems), list(self.generations), self.rewards.copy()
+        num_tokens = 0
+        for new, old in enumerate(np.flatnonzero(which).tolist()):
+            num_tokens += sum(len(generation.tokens) for generation in generations[old * size : (old + 1) * size])
+            problems[old], rewards[old] = others.problems[new], others.rewards[new]
+            generations[old * size : (old + 1) * size] = others.generations[new * size : (new + 1) * size]
+        num_replaced, num_tokens = self.num_replaced + int(which.sum()), self.num_replaced_tokens + num_tokens
+        return Rollouts(problems, generations, rewards, self.weight_version, num_replaced, num_tokens)
 
     @property
     def mean_reward(self) -> float:
@@ -45,7 +67,8 @@ class TrainSequence:
 
     `tokens`: int32 [num_tokens]; `engine_logp`: float32 [num_tokens], NaN where the engine gave none; `learner_old_logp`:
     float32 [num_tokens], the learner's log-probs under the weights the engine served, or None when those are still the
-    learner's own (on-policy: the update takes them from its own forward pass).
+    learner's own (on-policy: the update takes them from its own forward pass). `loss_scale`: by what the policy loss of its tokens
+    counts (`losses.response_scales`).
     """
 
     prompt: tuple[int, ...]
@@ -53,6 +76,7 @@ class TrainSequence:
     engine_logp: NDArray[np.float32]
     advantage: float
     learner_old_logp: NDArray[np.float32] | None = None
+    loss_scale: float = 1.0
 
     @property
     def sequence(self) -> TokenSequence:

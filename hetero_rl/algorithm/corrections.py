@@ -35,17 +35,6 @@ from hetero_rl.algorithm.kinds import CENTERED, CORRECTIONS, DEFAULT_BOUNDS, Bou
 from hetero_rl.algorithm.segments import Segments
 
 
-def tis_weights(learner_old_logp: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
-    """Token-level truncated importance sampling: min(p_learner_old(y) / p_engine(y), cap), without gradient.
-
-    Both log-probs belong to the weight version that sampled, so the weight corrects the engine gap alone. Right when the
-    high-precision weights are what ships; when the quantized copy ships it aims at the wrong policy.
-
-    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; Flash-RL.
-    """
-    return (learner_old_logp - engine_logp).exp().clamp(max=cap).detach()
-
-
 def correction_weights(
     kind: Correction,
     learner_old_logp: Tensor,
@@ -91,35 +80,25 @@ def correction_weights(
     return torch.where(mask, weights, 0.0)
 
 
-def effective_share(weights: Tensor, mask: Tensor) -> float:
+def effective_share(weights: float, squared_weights: float, num_tokens: int) -> float:
     """Effective sample size per token: (sum w)^2 / (num_tokens * sum w^2), in [0, 1].
 
-    1 for equal weights; 0 when every token was dropped, which a run should not pass over in silence; NaN for an empty mask.
+    1 for equal weights; 0 when every token was dropped, which a run should not pass over in silence; NaN for no tokens.
     Source: Kong 1992, "A note on importance sampling using standardized weights".
     """
-    kept = torch.where(mask, weights, 0.0).double()
-    count = int(mask.sum())
-    squares = float((kept**2).sum())
-    if count == 0 or squares == 0.0:
-        return 0.0 if count else float("nan")
-    return float(kept.sum()) ** 2 / (count * squares)
+    if num_tokens == 0:
+        return float("nan")
+    return weights**2 / (num_tokens * squared_weights) if squared_weights else 0.0
 
 
-def score_centering(
-    learner_logits: Tensor,
-    engine_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    kind: Centered = "none",
-    bounds: Bounds | None = None,
-) -> Tensor:
-    """The term that, added to each token's policy loss, takes the engine's drift out of its gradient.
+def mean_score(learner_logits: Tensor, engine_logp: Tensor, kind: Centered = "none", bounds: Bounds | None = None) -> Tensor:
+    """What, times the advantage and added to each token's policy loss, takes the engine's drift out of its gradient.
 
     At a prefix with engine q and learner p, the gradient of -A f(p_y / q_y) log p_y under y ~ q has the mean
     -E_q[A] sum_v q_v f_v grad log p_v - Cov_q(A, f grad log p). The first part says nothing about the reward: it pulls the
-    learner to the engine, whose next weights it is. The term
+    learner to the engine, whose next weights it is. Times A, the term
 
-        A * sum_v sg(q_v f(p_v / q_v)) log p_v
+        sum_v sg(q_v f(p_v / q_v)) log p_v
 
     cancels it. Bias: the covariance that is left is still one under q, not under p. Variance: a control variate's, since the
     mean is computed over the vocabulary and not sampled. Where p = q the term has no gradient.
@@ -128,8 +107,6 @@ def score_centering(
         learner_logits: float [num_tokens, vocab], temperature applied, with gradient.
         engine_logp: float [num_tokens, vocab], log-probs over the whole vocabulary of the engine, or of its twin; no
             gradient. -inf is probability 0.
-        advantage: float [num_tokens], no gradient.
-        mask: bool [num_tokens]; rows outside may be NaN, their term is 0.
         kind: The weight f that the tokens of the loss carry; sequence weights have no value at tokens that were not drawn.
         bounds: Of f; by default `DEFAULT_BOUNDS[kind]`.
 
@@ -145,11 +122,10 @@ def score_centering(
         raise ValueError(f"score centering is defined for the weights {', '.join(CENTERED)}, not for {kind!r}")
     learner_logp = torch.log_softmax(learner_logits, dim=-1)
     coefficients = _weighted_probs(learner_logp.detach(), engine_logp.detach(), kind, bounds or DEFAULT_BOUNDS[kind])
-    used = mask.unsqueeze(-1) & (coefficients > 0)
+    used = coefficients > 0
     # Twice: 0 * -inf is NaN going forward, and the gradient of an unused product is 0 * NaN coming back.
     coefficients = torch.where(used, coefficients, 0.0)
-    score = torch.where(used, coefficients * learner_logp, 0.0).sum(dim=-1)
-    return torch.where(mask, advantage.detach(), 0.0) * score
+    return torch.where(used, coefficients * learner_logp, 0.0).sum(dim=-1)
 
 
 def _weighted_probs(learner_logp: Tensor, engine_logp: Tensor, kind: Centered, bounds: Bounds) -> Tensor:

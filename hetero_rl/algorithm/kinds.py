@@ -30,5 +30,27 @@ DEFAULT_BOUNDS: dict[Correction, Bounds] = {
 the bounds of a product would let everything through, and on a coarse grid, where that mean lies some percent below 1, these drop
 everything."""
 
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+ADVANTAGES: tuple[AdvantageKind, ...] = get_args(AdvantageKind)
+PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "dppo"]
+POLICY_LOSSES: tuple[PolicyLoss, ...] = get_args(PolicyLoss)
+Normalization = Literal["token", "sequence", "dr"]
+
+
+class ClipRange(NamedTuple):
+    """How far below and above its anchor a policy loss lets a token move; in the unit of the loss, see `losses`."""
+
+    low: float
+    high: float
+
+
+DEFAULT_CLIPS: dict[PolicyLoss, ClipRange] = {
+    "ppo_clip": ClipRange(0.2, 0.28),
+    "gspo": ClipRange(3e-4, 4e-4),
+    "cispo": ClipRange(1.0, 4.0),
+    "dppo": ClipRange(0.15, 0.15),
+}
+"""Published starting points: DAPO's, GSPO's, a CISPO without a lower bound, and DPPO's threshold of the total variation."""
+
 GreyBoxForm = Literal["kl", "top", "sampled"]
 """Of `signals.grey_box_cost`."""

@@ -17,7 +17,7 @@ from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import TokenSequence
-from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.losses import response_scales
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import follows_packing
@@ -29,7 +29,7 @@ from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
-from hetero_rl.learner.policy import Policy, TokenStats
+from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
 from hetero_rl.types import TrainSequence
 
 
@@ -64,10 +64,12 @@ class Learner:
         *,
         temperature: float,
         num_updates: int,
+        max_response_tokens: int,
         seed: int,
     ) -> None:
         """Load the model of `model_dir` and wrap it; `num_updates` is the length of the learning-rate schedule."""
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
+        self._max_response_tokens = max_response_tokens
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
         check_head(lm)
@@ -75,7 +77,8 @@ class Learner:
         compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
         # Where only the proof of a publish runs the twin, and that once, it is not worth a second copy of the model.
-        self.twins = add_twin(lm, quantizer, self._stored, keep=constraint.signal == "grey_box" or learner.forward == "fake_quant")
+        keep = constraint.signal == "grey_box" or learner.forward == "fake_quant" or algorithm.score_centering
+        self.twins = add_twin(lm, quantizer, self._stored, keep=keep)
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)
@@ -130,12 +133,16 @@ class Learner:
 
     def _step(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """Accumulate the gradient of one batch over its micro-batches, then one optimizer step."""
-        num_tokens = max(1, sum(int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences))
+        lengths = [int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences]
+        num_tokens = max(1, sum(lengths))
+        scales = response_scales(lengths, self.algorithm.normalization, self._max_response_tokens)
+        sequences = [replace(sequence, loss_scale=scale) for sequence, scale in zip(sequences, scales, strict=True)]
         sums = LossSums()
         for part in split_batch(sequences, self.constraint, multiplier, self._num_updates):
+            beside = Beside(part.grey_box, self.algorithm.centering if part.with_gradient else None)
             with torch.set_grad_enabled(part.with_gradient):
                 for batch in self._micro_batches([s.prompt for s in part.sequences], [s.tokens for s in part.sequences]):
-                    stats = self._forward(batch, grey_box=part.grey_box, as_twin=self._as_twin)
+                    stats = self._forward(batch, beside, as_twin=self._as_twin)
                     cost_weight = multiplier * part.cost_scale
                     loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, cost_weight)
                     if part.with_gradient:
@@ -159,8 +166,8 @@ class Learner:
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)
         return filled
 
-    def _forward(self, batch: MicroBatch, *, grey_box: GreyBoxForm | None = None, as_twin: bool = False) -> TokenStats:
-        stats: TokenStats = self._engine(batch, self.temperature, grey_box=grey_box, as_twin=as_twin)
+    def _forward(self, batch: MicroBatch, beside: Beside = NOTHING, *, as_twin: bool = False) -> TokenStats:
+        stats: TokenStats = self._engine(batch, self.temperature, beside=beside, as_twin=as_twin)
         return stats
 
     def _micro_batches(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens]) -> Iterator[MicroBatch]:

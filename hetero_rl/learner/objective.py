@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_rl.algorithm import losses, signals
-from hetero_rl.algorithm.corrections import correction_weights
+from hetero_rl.algorithm import signals
+from hetero_rl.algorithm.corrections import correction_weights, effective_share
 from hetero_rl.algorithm.discrepancy import GapSums, split_gap
+from hetero_rl.algorithm.losses import policy_loss
 from hetero_rl.algorithm.segments import Segments
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig
 from hetero_rl.learner.batching import MicroBatch
@@ -50,9 +51,7 @@ class LossSums:
     @property
     def effective_share(self) -> float:
         """Effective sample size of the engine correction's weights, per token; see `corrections.effective_share`."""
-        if self.gap.num_tokens == 0 or self.squared_weights == 0.0:
-            return 0.0 if self.gap.num_tokens else float("nan")
-        return self.weights**2 / (self.gap.num_tokens * self.squared_weights)
+        return effective_share(self.weights, self.squared_weights, self.gap.num_tokens)
 
 
 def objective(
@@ -70,6 +69,7 @@ def objective(
     device = stats.logp.device
     engine_logp = batch.flatten([sequence.engine_logp for sequence in sequences], device)
     advantage = batch.flatten([np.full(len(sequence.tokens), sequence.advantage) for sequence in sequences], device)
+    scale = batch.flatten([np.full(len(sequence.tokens), sequence.loss_scale) for sequence in sequences], device)
     known = [sequence.learner_old_logp for sequence in sequences]
     old_logp = stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], device)
     gap = split_gap(stats.logp.detach(), old_logp, engine_logp)
@@ -80,25 +80,28 @@ def objective(
     weight = correction_weights(algorithm.correction, old_logp, engine_logp, mask, segments, algorithm.correction_bounds)
     if constraint.signal == "advantage":
         advantage = signals.advantage_side(advantage, stats.logp, engine_logp, multiplier)
-    clip = (algorithm.clip_low, algorithm.clip_high)
+    each = (stats.logp, old_logp, engine_logp, advantage, weight)
+    token_loss, clipped = policy_loss(algorithm.loss, *each, mask, segments, algorithm.clip)
+    if stats.mean_score is not None:
+        token_loss = token_loss + advantage * stats.mean_score
 
     def total(values: Tensor) -> Tensor:
         return torch.where(mask, values, 0.0).sum()
 
-    policy_loss = total(losses.ppo_clip_loss(stats.logp, old_logp, advantage, weight, *clip))
-    cost = torch.zeros_like(policy_loss)
+    reward_loss = total(scale * token_loss)
+    cost = torch.zeros_like(reward_loss)
     if stats.twin_cost is not None:
         cost = total(stats.twin_cost)
     elif constraint.signal == "loss":
         cost = total(signals.loss_side_cost(stats.logp, engine_logp))
     with torch.no_grad():
         sums = LossSums(
-            policy_loss=float(policy_loss),
+            policy_loss=float(reward_loss),
             cost=float(cost),
             entropy_nats=float(total(stats.entropy)),
-            num_clipped=float(total(losses.clip_fraction(stats.logp, old_logp, advantage, *clip))),
+            num_clipped=float(total(clipped)),
             weights=float(weight.sum()),
             squared_weights=float(weight.square().sum()),
             gap=gap,
         )
-    return policy_loss + multiplier * cost, sums
+    return reward_loss + multiplier * cost, sums

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.corrections import mean_score
+from hetero_rl.algorithm.kinds import Bounds, Centered, GreyBoxForm
 from hetero_rl.algorithm.signals import grey_box_cost
 from hetero_rl.learner.attention import packed_arguments
 from hetero_rl.learner.batching import MicroBatch
@@ -16,7 +17,7 @@ from hetero_rl.learner.fake_quant import TwinLayer, twin
 
 
 class TokenStats(NamedTuple):
-    """Per response token: `logp` (with gradient), `entropy` (no gradient), `twin_cost` (with gradient; None if not asked), `greedy`.
+    """Per response token: `logp`, with gradient; `entropy` and `greedy`, without; where asked, `twin_cost` and `mean_score`, with gradient.
 
     float32 [num_tokens] in nats, `greedy` int64 [num_tokens].
     """
@@ -24,7 +25,18 @@ class TokenStats(NamedTuple):
     logp: Tensor
     entropy: Tensor
     greedy: Tensor
-    twin_cost: Tensor | None
+    twin_cost: Tensor | None = None
+    mean_score: Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """What the twin is run for beside the learner: the grey box's cost, score centering, or both; for neither it is not run."""
+
+    grey_box: GreyBoxForm | None = None
+    centering: tuple[Centered, Bounds] | None = None
+
+
+NOTHING = Beside()
 
 
 class Policy(nn.Module):
@@ -39,25 +51,27 @@ class Policy(nn.Module):
         self.twins = twins
         self.chunk_elements = chunk_elements
 
-    def forward(self, batch: MicroBatch, temperature: float, grey_box: GreyBoxForm | None = None, as_twin: bool = False) -> TokenStats:
+    def forward(self, batch: MicroBatch, temperature: float, beside: Beside = NOTHING, as_twin: bool = False) -> TokenStats:
         """Statistics of the response tokens of `batch`, at the rollout temperature.
 
-        `as_twin` runs the fake-quantized twin in place of the learner; `grey_box` runs the other of the two beside it (a second
-        forward pass) for the cost between them.
+        `as_twin` runs the fake-quantized twin in place of the learner; `beside` asks for what needs the other of the two as well (a
+        second forward pass, with a backward pass for the grey box alone).
         """
         targets = batch.targets
         hidden = self._hidden(batch, as_twin)
-        other = None if grey_box is None else self._hidden(batch, not as_twin)
+        other = None
+        if beside != NOTHING:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and beside.grey_box is not None):
+                other = self._hidden(batch, not as_twin)
         chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))
         parts = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            arguments = (hidden[part], None if other is None else other[part], targets[part], temperature, grey_box, as_twin)
+            arguments = (hidden[part], None if other is None else other[part], targets[part], temperature, beside, as_twin)
             # One chunk keeps its logits for the backward pass; several would keep all of them, so they are recomputed.
             keep = len(targets) <= chunk or not torch.is_grad_enabled()
             parts.append(self._token_stats(*arguments) if keep else checkpoint(self._token_stats, *arguments, use_reentrant=False))
-        logp, entropy, greedy, cost = zip(*parts, strict=True)
-        return TokenStats(torch.cat(logp), torch.cat(entropy), torch.cat(greedy), None if grey_box is None else torch.cat(cost))
+        return TokenStats._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
     def _hidden(self, batch: MicroBatch, as_twin: bool) -> Tensor:
         """The last hidden states that predict the response tokens, [num_tokens, hidden_size]."""
@@ -73,17 +87,21 @@ class Policy(nn.Module):
         return logits if temperature == 1.0 else logits / temperature
 
     def _token_stats(
-        self, hidden: Tensor, other: Tensor | None, targets: Tensor, temperature: float, grey_box: GreyBoxForm | None, as_twin: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, hidden: Tensor, other: Tensor | None, targets: Tensor, temperature: float, beside: Beside, as_twin: bool
+    ) -> TokenStats:
         logits = self._logits(hidden, temperature, as_twin)
         logp_all = torch.log_softmax(logits, dim=-1)
         logp = logp_all.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
             entropy = -(logp_all.exp() * logp_all).sum(dim=-1)
             greedy = logits.argmax(dim=-1)
-        cost = None
-        if other is not None and grey_box is not None:
-            other_logits = self._logits(other, temperature, not as_twin)
+        stats = TokenStats(logp, entropy, greedy)
+        if other is None:
+            return stats
+        other_logits = self._logits(other, temperature, not as_twin)
+        if beside.centering is not None:
+            stats = stats._replace(mean_score=mean_score(logits, other_logits.detach().log_softmax(-1), *beside.centering))
+        if beside.grey_box is not None:
             twin_logits, learner_logits = (logits, other_logits) if as_twin else (other_logits, logits)
-            cost = grey_box_cost(grey_box, twin_logits, learner_logits, targets)
-        return logp, entropy, greedy, cost
+            stats = stats._replace(twin_cost=grey_box_cost(beside.grey_box, twin_logits, learner_logits, targets))
+        return stats

@@ -26,7 +26,15 @@ def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
         config = LearnerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, **options})
         constraint = ConstraintConfig.model_validate({"signal": signal})
         learner = Learner(
-            folder, quantizer_for(folder), config, algorithm or AlgorithmConfig(), constraint, temperature=1.0, num_updates=100, seed=0
+            folder,
+            quantizer_for(folder),
+            config,
+            algorithm or AlgorithmConfig(),
+            constraint,
+            temperature=1.0,
+            num_updates=100,
+            max_response_tokens=9,
+            seed=0,
         )
         made.append(learner)
         return learner

@@ -1,17 +1,13 @@
-"""Every formula against a closed form or an independent derivation in float64, every gradient against autograd."""
+"""Signals and tolerance: every formula against a closed form or an independent derivation in float64, every gradient against autograd."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from deploy_targets.errors import EngineError
-from hetero_rl.algorithm.advantage import group_advantages
 from hetero_rl.algorithm.kinds import GreyBoxForm
-from hetero_rl.algorithm.losses import clip_fraction, ppo_clip_loss
 from hetero_rl.algorithm.signals import advantage_side, grey_box_cost, grey_box_kl, grey_box_sampled, grey_box_top, loss_side_cost
 from hetero_rl.algorithm.tolerance import Floor, measure_floor, remeasured_floor, tolerance_from
 
@@ -20,52 +16,6 @@ NAN = float("nan")
 
 def logps(*probabilities: float, grad: bool = False) -> torch.Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_(grad)
-
-
-class TestAdvantage:
-    def test_closed_form(self) -> None:
-        advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
-        expected = 0.5 / math.sqrt(1 / 3)
-        assert advantages.tolist() == [pytest.approx([expected, -expected, -expected, expected], rel=1e-5)]
-
-    def test_equal_rewards_teach_nothing(self) -> None:
-        assert group_advantages(torch.full((2, 4), 0.1)).abs().max() == 0
-
-    def test_without_std_is_centred(self) -> None:
-        assert group_advantages(torch.tensor([[3.0, 1.0]]), normalize_std=False).tolist() == [[1.0, -1.0]]
-
-    def test_dropped_responses_leave_the_group(self) -> None:
-        with_drop = group_advantages(torch.tensor([[1.0, 0.0, NAN, 0.0]]))
-        without = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
-        assert with_drop[0, [0, 1, 3]].tolist() == without[0].tolist()
-        assert with_drop[0, 2] == 0
-
-    def test_all_dropped(self) -> None:
-        assert group_advantages(torch.full((1, 3), NAN)).tolist() == [[0.0, 0.0, 0.0]]
-
-
-class TestPolicyLoss:
-    def test_on_policy_gradient_is_the_score_function(self) -> None:
-        logp = logps(0.3, 0.6, grad=True)
-        advantage = torch.tensor([2.0, -1.0], dtype=torch.float64)
-        ppo_clip_loss(logp, logp.detach(), advantage, 1.0, 0.2, 0.28).sum().backward()
-        assert logp.grad is not None
-        assert logp.grad.tolist() == pytest.approx((-advantage).tolist())
-
-    @pytest.mark.parametrize(
-        ("ratio", "advantage", "clipped"), [(1.5, 1.0, True), (1.5, -1.0, False), (0.5, -1.0, True), (0.5, 1.0, False), (1.25, 1.0, False)]
-    )
-    def test_clip(self, ratio: float, advantage: float, clipped: bool) -> None:
-        old = logps(0.4)
-        logp = (old + math.log(ratio)).requires_grad_(True)
-        a = torch.tensor([advantage], dtype=torch.float64)
-        loss = ppo_clip_loss(logp, old, a, 1.0, 0.2, 0.28)
-        loss.sum().backward()
-        assert logp.grad is not None
-        assert (logp.grad.abs().item() == 0) is clipped
-        assert clip_fraction(logp.detach(), old, a, 0.2, 0.28).item() == float(clipped)
-        bound = ratio if not clipped else (1.28 if ratio > 1 else 0.8)
-        assert loss.item() == pytest.approx(-bound * advantage)
 
 
 class TestSignals:

@@ -19,7 +19,17 @@ from tests.learners import as_sequences, quantizer_for, sequences
 def make(model_dir: Path, max_tokens: int, quantizer: CompressedTensorsQuantizer | None = None) -> Learner:
     config = LearnerConfig(tokens_per_micro_batch=max_tokens, compute_dtype="float32")
     quantizer = quantizer or quantizer_for(model_dir)
-    return Learner(model_dir, quantizer, config, AlgorithmConfig(), ConstraintConfig(signal="off"), temperature=1.0, num_updates=1, seed=0)
+    return Learner(
+        model_dir,
+        quantizer,
+        config,
+        AlgorithmConfig(),
+        ConstraintConfig(signal="off"),
+        temperature=1.0,
+        num_updates=1,
+        max_response_tokens=9,
+        seed=0,
+    )
 
 
 @pytest.fixture

@@ -11,11 +11,14 @@ import torch
 
 from deploy_targets.errors import UsageError
 from deploy_targets.types import TokenSequence
+from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
 from hetero_rl.config import AlgorithmConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import short_causal_attention
+from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.fake_quant import add_twin, twin
 from hetero_rl.learner.model import load_causal_lm
+from hetero_rl.learner.policy import Beside
 from tests.conftest import TinyModels
 from tests.learners import MakeLearner, as_sequences, quantizer_for, sequences
 
@@ -147,8 +150,8 @@ def test_nonfinite_step_is_skipped_then_stops_the_run(make_learner: MakeLearner)
 
 def test_several_updates_measure_staleness_apart(make_learner: MakeLearner) -> None:
     one, several = make_learner().update(sequences(16), 0.0), make_learner(updates_per_rollout=4, lr=1e-2).update(sequences(16), 0.0)
-    assert one.gap.staleness_gap == 0.0
-    assert several.gap.staleness_gap > 0.0
+    assert one.sums.gap.staleness_gap == 0.0
+    assert several.sums.gap.staleness_gap > 0.0
     assert several.sums.gap.engine_gap == pytest.approx(one.sums.gap.engine_gap, rel=0.02)
 
 
@@ -227,3 +230,50 @@ def test_correction_weights_are_counted(make_learner: MakeLearner) -> None:
     assert share("none") == pytest.approx(1.0)
     assert 0.0 < share("tis") < 1.0
     assert share("mis", correction_low=1e6, correction_high=1e7) == 0.0, "every token was dropped"
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", "dr"])
+def test_the_normalized_loss_does_not_depend_on_the_cut(normalization: str, make_learner: MakeLearner) -> None:
+    """On-policy, the policy loss of a token is -A; the tokens of a response count by the normalization."""
+    algorithm = AlgorithmConfig.model_validate({"normalization": normalization})
+    batch = sequences()
+    lengths = np.array([len(s.tokens) for s in batch])
+    advantage = np.array([s.advantage for s in batch])
+    mean = {
+        "token": (-advantage * lengths).sum() / lengths.sum(),
+        "sequence": -advantage.mean(),
+        "dr": (-advantage * lengths).sum() / (len(batch) * 9),
+    }[normalization]
+    whole = make_learner(algorithm=algorithm).update(batch, 0.0)
+    cut = make_learner(algorithm=algorithm, tokens_per_micro_batch=32).update(batch, 0.0)
+    for stats in (whole, cut):
+        assert stats.sums.mean(stats.sums.policy_loss) == pytest.approx(mean, rel=1e-4)
+    assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=0.03)
+
+
+def test_score_centering_is_the_drift_towards_the_twin(make_learner: MakeLearner) -> None:
+    """The term and its gradient are those of E_twin[log p], the twin held constant."""
+    generator = np.random.default_rng(0)
+    prompts = [tuple(generator.integers(3, 30, 5).tolist()) for _ in range(8)]
+    policy, device = make_learner().policy, torch.device("cpu")
+    [micro] = micro_batches(prompts, [[3]] * 8, 1000, device, packed=False)
+    with torch.no_grad():
+        twin_logp = policy._logits(policy._hidden(micro, as_twin=True), 1.0, as_twin=True).log_softmax(-1)
+    stats = policy(micro, 1.0, Beside(None, ("none", DEFAULT_BOUNDS["none"])))
+    logits = policy._logits(policy._hidden(micro, as_twin=False), 1.0, as_twin=False)
+    expected = (twin_logp.exp() * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(stats.mean_score, expected, rtol=1e-3, atol=1e-3)
+    weights = [p for _, p in policy.lm.named_parameters()]
+    for a, b in zip(torch.autograd.grad(stats.mean_score.sum(), weights), torch.autograd.grad(expected.sum(), weights), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-4 + 0.05 * float(b.float().abs().max()))
+
+
+@pytest.mark.parametrize("loss", ["gspo", "cispo", "dppo"])
+def test_every_loss_takes_steps(loss: str, make_learner: MakeLearner) -> None:
+    algorithm = AlgorithmConfig.model_validate({"loss": loss})
+    learner = make_learner(algorithm=algorithm, updates_per_rollout=2)
+    before = learner.snapshot()
+    stats = learner.update(sequences(), 0.0)
+    assert stats.num_skipped == 0
+    assert stats.grad_norm > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in learner.snapshot().items())

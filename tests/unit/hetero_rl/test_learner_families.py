@@ -102,7 +102,17 @@ def test_experts_that_are_kept_have_no_twin(tiny_models: TinyModels) -> None:
 def test_an_update_is_published_and_proven(family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     folder, profile = tiny_models(family), load_profile("bf16-transformers")
     quantizer, config = make_quantizer(profile, folder), LearnerConfig(lr=1e-3, warmup_steps=0)
-    learner = Learner(folder, quantizer, config, AlgorithmConfig(), ConstraintConfig(signal="off"), temperature=1.0, num_updates=9, seed=0)
+    learner = Learner(
+        folder,
+        quantizer,
+        config,
+        AlgorithmConfig(),
+        ConstraintConfig(signal="off"),
+        temperature=1.0,
+        num_updates=9,
+        max_response_tokens=9,
+        seed=0,
+    )
     probes = [TokenSequence(tuple(range(3 + i, 15 + i)), 4) for i in range(8)]
     publisher = Publisher(learner, quantizer, profile, folder, tmp_path / "serving")
     try:

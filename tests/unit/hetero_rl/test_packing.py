@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from deploy_targets.errors import UsageError
+from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
 from hetero_rl.config import ConstraintConfig
 from hetero_rl.learner import attention
 from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.learner.model import check_head, load_causal_lm
+from hetero_rl.learner.policy import Beside
 from hetero_rl.types import TrainSequence
 from tests.learners import MakeLearner, as_sequences, grouped, sequences
 from tests.models import tiny_model
@@ -63,8 +65,8 @@ def gradients(learner: Learner, batch: list[TrainSequence], packed: bool) -> dic
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     weights = [np.sin(np.arange(len(s.tokens)) + 10.0 * i) for i, s in enumerate(batch)]
     for micro in micro_batches([s.prompt for s in batch], [s.tokens for s in batch], 200, torch.device("cpu"), packed=packed):
-        stats = learner.policy(micro, 1.0, grey_box="kl")
-        loss = ((stats.logp + stats.twin_cost) * micro.flatten(weights, torch.device("cpu"))).sum()
+        stats = learner.policy(micro, 1.0, Beside("kl", ("none", DEFAULT_BOUNDS["none"])))
+        loss = ((stats.logp + stats.twin_cost + stats.mean_score) * micro.flatten(weights, torch.device("cpu"))).sum()
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[name] += gradient.float()
     return total

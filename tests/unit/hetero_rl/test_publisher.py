@@ -29,7 +29,15 @@ def publisher(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Publisher]:
     quantizer = make_quantizer(profile, model_dir)
     config = LearnerConfig(lr=1e-2, warmup_steps=0)
     learner = Learner(
-        model_dir, quantizer, config, AlgorithmConfig(), ConstraintConfig(signal="off"), temperature=1.0, num_updates=9, seed=0
+        model_dir,
+        quantizer,
+        config,
+        AlgorithmConfig(),
+        ConstraintConfig(signal="off"),
+        temperature=1.0,
+        num_updates=9,
+        max_response_tokens=9,
+        seed=0,
     )
     publisher = Publisher(learner, quantizer, profile, model_dir, tmp_path / "serving")
     publisher.calibrate(PROBES)

@@ -40,3 +40,24 @@ def test_lambda_above_its_bound_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"constraint\.lambda_init = 2 is above constraint\.lambda_max = 1"):
         load_config([], ["constraint.lambda_init=2.0", "constraint.lambda_max=1.0"])
     assert RunConfig.model_validate({"constraint": {"signal": "loss"}}).constraint.multiplier_cap == 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["algorithm.loss='dppo'", "algorithm.correction='tis'"], "would do so twice"),
+        (["algorithm.score_centering=true", "algorithm.loss='gspo'"], "derived for algorithm.loss = 'ppo_clip', not for 'gspo'"),
+        (["algorithm.score_centering=true", "algorithm.correction='mis_sequence'"], "whose weight belongs to a whole response"),
+        (["algorithm.score_centering=true", "learner.forward='fake_quant'"], "nothing to centre"),
+        (["algorithm.correction='mis'", "algorithm.correction_low=3.0"], "is above algorithm.correction_high = 2"),
+    ],
+)
+def test_contradictions_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
+    with pytest.raises(ProfileError, match=reason):
+        load_config([], settings)
+
+
+def test_ranges_are_those_of_the_loss() -> None:
+    assert load_config([], [])[0].algorithm.clip == (0.2, 0.28)
+    assert load_config([], ["algorithm.loss='gspo'"])[0].algorithm.clip == (3e-4, 4e-4)
+    assert load_config([], ["algorithm.loss='gspo'", "algorithm.clip_high=0.01"])[0].algorithm.clip == (3e-4, 0.01)
