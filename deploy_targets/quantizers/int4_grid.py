@@ -115,8 +115,8 @@ def pack_nibbles(values: Tensor) -> Tensor:
     Two bytes are read as a (little-endian) word of 16 bits, whose halves are joined, and four of the joined bytes as the result:
     no temporaries of 32 bits for each value.
     """
-    pairs = values.contiguous().view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+    pairs = values.reshape(-1).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32).view(len(values), -1)
 
 
 def _bounds(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
