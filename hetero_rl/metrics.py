@@ -28,7 +28,7 @@ METRICS: dict[str, Metric] = {
     "reward/dropped": Metric("count", "responses for which the reward function gave None"),
     "reward/flat_groups": Metric("share", "groups whose rewards are all equal: they carry no learning signal"),
     "rollout/replaced_groups": Metric("groups", "groups of equal rewards that were replaced by others (`loop.resample_rounds`)"),
-    "rollout/tokens": Metric("tokens", "sampled tokens of the step"),
+    "rollout/tokens": Metric("tokens", "sampled tokens of the step, those of replaced groups included"),
     "rollout/response_tokens": Metric("tokens", "mean length of a response"),
     "rollout/truncated": Metric("share", "responses that ended at the length limit"),
     "eval/deployed_accuracy": Metric("share", "held-out problems with reward 1, greedy, decoded by the deployment engine"),
