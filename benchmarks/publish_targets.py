@@ -5,6 +5,7 @@ The weights are moved by noise between two publishes, as an optimizer step moves
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -13,6 +14,8 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import models
 from benchmarks.common import Measurement, arguments, measurement, summary, write
@@ -72,18 +75,24 @@ def move_weights(learner: Any, generator: Any) -> None:
 
 
 def reset_peak_mib() -> float:
-    """Resident memory of this process in MiB, from which `peak_mib` counts anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_mib("VmRSS")
+    """Resident memory of this process and of the engine's, in MiB, from which `peak_mib` counts anew (Linux)."""
+    for pid in process_ids():
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return sum(_status_mib(pid, "VmRSS") for pid in process_ids())
 
 
 def peak_mib() -> float:
-    """The most resident memory since `reset_peak_mib`, in MiB."""
-    return _status_mib("VmHWM")
+    """The most resident memory of each process since `reset_peak_mib`, in MiB; their sum bounds what they held together."""
+    return sum(_status_mib(pid, "VmHWM") for pid in process_ids())
 
 
-def _status_mib(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+def process_ids() -> list[int]:
+    """This process, and those it started: an engine of its own."""
+    return [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+
+
+def _status_mib(pid: int, key: str) -> float:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) / 1024
 
 
@@ -112,7 +121,7 @@ def runnable() -> list[str]:
 
 
 def main() -> None:
-    options = arguments("publish_targets", __doc__, rounds=5, targets=runnable(), sizes=list(models.SIZES))
+    options = arguments("publish_targets", __doc__, rounds=3, targets=runnable(), sizes=list(models.SIZES))
     cases: dict[str, Measurement] = {}
     settings: dict[str, object] = {"noise": NOISE}
     with tempfile.TemporaryDirectory() as temporary:

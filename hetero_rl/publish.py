@@ -2,7 +2,7 @@
 
 The engine's folder is the artifact in the making: engine-native files around one file of weights. A publish writes the
 new weights beside the old, swaps them into the running engine, proves that the engine now computes with them, and only
-then gives them the old one's name. What the engine last served is therefore what lies in the folder (law 1).
+then gives them the old one's name. What was last proven is therefore what lies in the folder (law 1).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EngineError, ProofError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
-from deploy_targets.types import TokenSequence, WeightFile
+from deploy_targets.types import TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import weights_name, write_version
-from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.learner.deepspeed_learner import Learner, LearnerScores
 
 PROOF_GAP_MIN = 0.02
 """Mean abs(dp) between twin and engine that kernels alone may cause, whatever was measured at the start: a share of the mean probability,
 as the differences of a model that is sure of little are small, whatever is wrong with it."""
-FRESH_GAP_MAX = 0.1
-"""Mean abs(dp) at which a freshly started engine, to which there is nothing yet to compare, does not run this model."""
+PROOF_GAP_MAX = 0.15
+"""Mean abs(dp) beyond which an engine does not run this model, whatever was measured at the start: a share of the mean of the larger
+probability, which bounds what any two models can differ by. FP8 caches, the coarsest of kernels, make 0.05 of it."""
 PROOF_GAP_FACTOR = 5.0
-"""How far that gap may grow over the one of the freshly built engine before the update counts as failed."""
+"""How far the gap may grow over the one of the freshly built engine before the update counts as failed."""
 STALE_MARGIN = 2.0
 """A twin that moved by more than this many kernel gaps must have taken the engine along."""
 
@@ -61,13 +62,13 @@ class ProbeProbabilities:
         return float(np.abs(self.twin - self.engine).mean())
 
     @property
-    def mean(self) -> float:
-        """Mean of p_twin."""
-        return float(self.twin.mean())
+    def largest_bound(self) -> float:
+        """The gap beyond which this is another model."""
+        return PROOF_GAP_MAX * float(np.maximum(self.twin, self.engine).mean())
 
     def bound(self, reference_gap: float) -> float:
         """The largest gap at which the engine counts as serving these weights, given that of the fresh engine."""
-        return max(PROOF_GAP_MIN * self.mean, PROOF_GAP_FACTOR * reference_gap)
+        return min(max(PROOF_GAP_MIN * float(self.twin.mean()), PROOF_GAP_FACTOR * reference_gap), self.largest_bound)
 
 
 class Publisher:
@@ -91,6 +92,7 @@ class Publisher:
         self._calibrated = quantizer if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_calibration else None
         self.calibration = tuple(calibration)
         self._model_dir, self._weights = model_dir, folder / weights_name(quantizer)
+        self._pending, self._proven = (self._weights.with_name(f"{self._weights.name}.{part}") for part in ("next", "proven"))
         self.num_rebuilds = 0
         self.rebuilt_because = ""
         self._probes: list[TokenSequence] = []
@@ -98,7 +100,7 @@ class Publisher:
         self._last: ProbeProbabilities | None = None
         self._told_apart: ProbeProbabilities | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*folder.glob("*.next"), *folder.glob("*.partial")):
+        for leftover in (*folder.glob("*.next"), *folder.glob("*.proven"), *folder.glob("*.partial")):
             leftover.unlink()  # of a run that was killed in the middle of a publish
         self._write(self._weights)
         quantizer.scaffold(model_dir, folder)
@@ -119,20 +121,23 @@ class Publisher:
         failure, _ = self._swap(self.engine.weight_version, sequences)
         if failure is not None:
             raise EngineError(failure)
+        os.replace(self._pending, self._weights)
 
     def calibrate(self, probes: list[TokenSequence], reference_gap: float | None = None) -> float:
         """Choose the proof's probes; the gap on the freshly built engine is the kernels' own, and the reference of later proofs.
 
         A resumed run passes the `reference_gap` it was started with. Raises `ProofError` when even the fresh engine does not
-        compute what the scheme says.
+        compute what the scheme says: it answers unlike the fake-quantized learner, or rather like the one that is not quantized.
         """
         self._probes = probes
-        self._last = self._told_apart = self._measure()
-        self._reference_gap = self._last.gap if reference_gap is None else reference_gap
-        if not self._last.gap <= min(self._last.bound(self._reference_gap), FRESH_GAP_MAX):
+        measured = self._last = self._told_apart = self._measure()
+        self._reference_gap = measured.gap if reference_gap is None else reference_gap
+        plain = probabilities(self._learner.score(probes, as_twin=False))
+        failure = proof_failure(measured, None, self._reference_gap) or unrounded_failure(measured, plain)
+        if failure is not None:
             raise ProofError(
-                f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: mean abs(dp) to "
-                f"the fake-quantized learner is {self._last.gap:.4f} on {len(self._last.twin)} tokens. {self._diagnosis()}"
+                f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: {failure}. "
+                f"{self._where_to_look()}"
             )
         return self._reference_gap
 
@@ -149,7 +154,9 @@ class Publisher:
         failure, quantized = self._swap(weight_version, rollouts)
         swapped = time.perf_counter()
         failure = failure or self._proof_failure()
-        if failure is not None:
+        if failure is None:
+            os.replace(self._pending, self._weights)
+        else:
             self._rebuild(weight_version, failure)
         proven = time.perf_counter()
         assert self._last is not None
@@ -159,15 +166,13 @@ class Publisher:
         """Quantize, and bring the weights into the engine. Returns why that failed, if it did, and when the file was written."""
         if self._calibrated is not None and rollouts:
             self.calibration = tuple(evenly(rollouts, NUM_CALIBRATION_SEQUENCES))
-        pending = self._weights.with_name(f"{self._weights.name}.next")
-        self._write(pending)
+        self._write(self._pending)
         quantized = time.perf_counter()
         failure = None
         try:
-            self.engine.update(WeightFile(pending, weight_version))
+            self.engine.update(WeightFile(self._pending, weight_version))
         except EngineError as error:
             failure = str(error)
-        os.replace(pending, self._weights)
         return failure, quantized
 
     def close(self) -> None:
@@ -185,40 +190,53 @@ class Publisher:
     def _measure(self) -> ProbeProbabilities:
         twin = self._learner.score(self._probes, as_twin=True)
         engine = self.engine.score(self._probes, self._learner.temperature)
-        return ProbeProbabilities(np.exp(np.concatenate([s.logps for s in twin])), np.exp(np.concatenate([s.logps for s in engine])))
+        return ProbeProbabilities(probabilities(twin), probabilities(engine))
 
     def _proof_failure(self) -> str | None:
-        measured = self._last = self._measure()
+        try:
+            measured = self._last = self._measure()
+        except EngineError as error:
+            return f"the probes could not be scored: {error}"
         failure = proof_failure(measured, self._told_apart, self._reference_gap)
         if self._told_apart is None or moved_apart(measured, self._told_apart, self._reference_gap):
             self._told_apart = measured
         return failure
 
     def _rebuild(self, weight_version: int, failure: str) -> None:
+        """Start the engine anew on the pending weights; the last proven ones come back into the folder if that fails as well."""
         self.num_rebuilds += 1
         self.rebuilt_because = failure
         self.engine.close()
-        self.engine = open_engine(self._profile, self.folder, weight_version)
-        self._told_apart = None
-        again = self._proof_failure()
-        if again is not None:
-            raise ProofError(
-                f"update {weight_version} is not served by engine {self._profile.engine.name!r} (scheme {self._profile.scheme.name}): "
-                f"{failure}. A rebuilt engine fails as well: {again}. {self._diagnosis()}"
-            )
-
-    def _diagnosis(self) -> str:
-        """Where to look: the layer that the scheme distorts most, by the relative error of its weights."""
-        worst, worst_error = "", 0.0
-        for name, weight in self._learner.named_tensors():
-            if self._quantizer.quantizes(name):
-                error = float(
-                    (self._quantizer.dequantized(name, weight).float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-12)
+        os.replace(self._weights, self._proven)
+        os.replace(self._pending, self._weights)
+        try:
+            self.engine = open_engine(self._profile, self.folder, weight_version)
+            self._told_apart = None
+            again = self._proof_failure()
+            if again is not None:
+                raise ProofError(
+                    f"update {weight_version} is not served by engine {self._profile.engine.name!r}: {failure}. "
+                    f"A rebuilt engine fails as well: {again}. {self._where_to_look()}"
                 )
-                worst, worst_error = max((worst, worst_error), (name, error), key=lambda pair: pair[1])
-        if not worst:
+        except BaseException:
+            os.replace(self._proven, self._weights)
+            raise
+        self._proven.unlink()
+
+    def _where_to_look(self) -> str:
+        profile = self._profile
+        if not self._learner.twins:
             return "No layer is quantized, so the engine or its options are at fault; `hetero-rl doctor` shows versions"
-        return f"The layer that scheme {self._profile.scheme.name} distorts most is {worst} (relative error {worst_error:.1%})"
+        return (
+            f"Scheme {profile.scheme.name} or its kernels in {profile.engine.name} are at fault, or engine.options; "
+            "`hetero-rl doctor` shows versions, and another engine.process or engine.publish in a profile of your own narrows it down"
+        )
+
+
+def probabilities(scores: Sequence[TokenScores] | Sequence[LearnerScores]) -> NDArray[np.float32]:
+    """Of all scored tokens, one after the other."""
+    logps: NDArray[np.float32] = np.concatenate([score.logps for score in scores])
+    return np.exp(logps)
 
 
 def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, reference_gap: float) -> str | None:
@@ -228,8 +246,9 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
     about as well as the fresh engine agreed with its own (`reference_gap`), and when the learner moved far enough to tell,
     it must agree with them better than with those of `before`, the last measurement that could be told from the one before it.
     """
-    if not np.isfinite(now.engine).all():
-        return f"{int((~np.isfinite(now.engine)).sum())} of {len(now.engine)} probe log-probs are not finite"
+    for whose, values in (("the engine's", now.engine), ("the learner's", now.twin)):
+        if not np.isfinite(values).all():
+            return f"{int((~np.isfinite(values)).sum())} of {whose} {len(values)} probe log-probs are not finite"
     bound = now.bound(reference_gap)
     if now.gap > bound:
         return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
@@ -238,6 +257,19 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
         if moved_apart(now, before, reference_gap) and to_old < now.gap:
             return f"the engine answers as before the update (abs(dp) {to_old:.4f} to the old weights, {now.gap:.4f} to the new)"
     return None
+
+
+def unrounded_failure(fresh: ProbeProbabilities, plain: NDArray[np.float32]) -> str | None:
+    """Why a fresh engine seems to serve the weights as they were before quantization, or None.
+
+    `plain`: probabilities by the learner's own weights. Said only where the rounding shows beyond what kernels blur.
+    """
+    rounding, to_plain = float(np.abs(plain - fresh.twin).mean()), float(np.abs(plain - fresh.engine).mean())
+    if STALE_MARGIN * to_plain >= fresh.gap or rounding <= PROOF_GAP_MIN * float(fresh.twin.mean()):
+        return None
+    return (
+        f"it answers as if nothing were quantized: mean abs(dp) {to_plain:.4f} to the learner's own weights, {fresh.gap:.4f} to the rounded"
+    )
 
 
 def moved_apart(now: ProbeProbabilities, before: ProbeProbabilities, reference_gap: float) -> bool:

@@ -8,15 +8,19 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, num_cores
 from benchmarks.evidence.cells import ARMS, REGIMES, SUITES, TASKS, cells
+from benchmarks.evidence.report import write_report
 from benchmarks.evidence.runner import run_cells
 
 OUT = RESULTS / "evidence.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 
 
 def main() -> int:
     """Returns 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="run what has no line in --out yet")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="make the tables and curves of docs/evidence.md anew").add_argument("--out", type=Path, default=OUT)
+    run = commands.add_parser("run", help="run what has no line in --out yet")
     run.add_argument("--suite", choices=SUITES, required=True)
     run.add_argument("--tasks", nargs="+", choices=TASKS)
     run.add_argument("--targets", nargs="+")
@@ -25,11 +29,15 @@ def main() -> int:
     run.add_argument("--seeds", nargs="+")
     run.add_argument("--jobs", type=int, default=num_cores(), help="runs at a time (default %(default)s)")
     run.add_argument("--out", type=Path, default=OUT)
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting on top of those of the cells")
     run.add_argument("--work", type=Path, default=Path("runs/evidence"), help="models, problems and runs under way")
     options = parser.parse_args()
+    if options.command == "report":
+        write_report(options.out, PAGE)
+        return 0
     suite = SUITES[options.suite]
     choice = {key: getattr(options, key) or suite[key] for key in suite}
-    return int(run_cells(cells(choice), options.out, options.work.resolve(), options.jobs) > 0)
+    return int(run_cells(cells(choice), options.out, options.work.resolve(), options.jobs, options.set) > 0)
 
 
 if __name__ == "__main__":

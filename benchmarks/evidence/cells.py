@@ -20,22 +20,47 @@ class Arm:
     """Rollouts by the full-precision engine; what is deployed is the target's copy of what was learned."""
     deployed_as_trained: bool = False
     """Judged by the full-precision engine as well: no mismatch at all."""
+    ours: bool = False
+    """A recipe of this project, to be held against the rivals."""
+    drawn: bool = False
+    """Whether it has a curve; more than six cannot be told apart."""
 
 
 PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.eta=0.04")
 """The published constants in units of the tolerance."""
 OFF = ("constraint.signal=off",)
+
+
+def corrected(*settings: str) -> tuple[str, ...]:
+    """Without a constraint, with `[algorithm]` settings."""
+    return (*OFF, *(f"algorithm.{setting}" for setting in settings))
+
+
+def held(multiplier: float, *settings: str) -> tuple[str, ...]:
+    """A constant lambda."""
+    return ("constraint.controller=fixed", f"constraint.lambda_init={multiplier}", *settings)
+
+
 ARMS = {
-    "control": Arm("no mismatch: full precision on both sides", OFF, full_precision_rollouts=True, deployed_as_trained=True),
+    "control": Arm("no mismatch: full precision on both sides", OFF, full_precision_rollouts=True, deployed_as_trained=True, drawn=True),
     "ptq": Arm("full-precision rollouts, quantized once at the end", OFF, full_precision_rollouts=True),
-    "grpo": Arm("rollouts by the target, nothing else", OFF),
-    "tis": Arm("token-level truncated importance sampling", (*OFF, "algorithm.correction=tis")),
-    "grey": Arm("grey box, lambda 0.3", ("constraint.controller=fixed", "constraint.lambda_init=0.3")),
-    "grey_1": Arm("grey box, lambda 1", ("constraint.controller=fixed", "constraint.lambda_init=1")),
-    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)"),
-    "grey_half": Arm("grey box, dual ascent to 0.5 x floor", ("constraint.tolerance=0.5",)),
-    "paper_loss": Arm("the paper's loss side, 1 x floor, lambda from 0.1", ("constraint.signal=loss", *PAPER)),
+    "grpo": Arm("rollouts by the target, nothing else", OFF, drawn=True),
+    "tis": Arm("token-level truncated importance sampling, cap 2", corrected("correction=tis"), drawn=True),
+    "mis_sequence": Arm("masked importance sampling of whole responses", corrected("correction=mis_sequence")),
+    "icepop": Arm("IcePop: tokens masked outside [0.5, 5]", corrected("correction=icepop")),
+    "dppo": Arm("DPPO: mask on abs(dp) against the engine", corrected("loss=dppo")),
+    "centering": Arm("score centering with the twin as the engine", corrected("score_centering=true")),
+    "fake_quant": Arm("the learner computes with the rounded weights", (*OFF, "learner.forward=fake_quant"), drawn=True),
+    "paper_loss": Arm("the paper's loss side, 1 x floor, lambda from 0.1", ("constraint.signal=loss", *PAPER), drawn=True),
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
+    "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
+    "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
+    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)", ours=True, drawn=True),
+    "grey_half": Arm("grey box, dual ascent to 0.5 x floor", ("constraint.tolerance=0.5",), ours=True),
+    "grey_top": Arm("grey box over the top 16 tokens, lambda 0.3", held(0.3, "constraint.grey_box_form=top"), ours=True),
+    "grey_sampled": Arm("grey box of the sampled token, lambda 0.3", held(0.3, "constraint.grey_box_form=sampled"), ours=True),
+    "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
+    "fake_quant_grey": Arm("both: rounded weights, and grey box with lambda 0.3", held(0.3, "learner.forward=fake_quant"), ours=True),
 }  # fmt: skip
 
 REGIMES = {
@@ -94,8 +119,8 @@ class Cell:
 SUITES: dict[str, dict[str, Sequence[str]]] = {
     "screening": {
         "tasks": ("addition",),
-        "targets": ("int4-onnx", "q3_k_s-llamacpp", "q2_k-llamacpp"),
-        "regimes": tuple(REGIMES),
+        "targets": ("q2_k-llamacpp", "int4-onnx"),
+        "regimes": ("on_policy", "stale", "high_lr"),
         "arms": tuple(ARMS),
         "seeds": ("0", "1"),
     },

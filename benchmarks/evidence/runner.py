@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,8 +33,8 @@ def finished(path: Path) -> set[str]:
     return {json.loads(line)["cell"] for line in path.read_text("utf-8").splitlines()} if path.is_file() else set()
 
 
-def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int) -> int:
-    """Run what has no line in `out` yet; returns the number of runs that failed."""
+def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int, extra: Sequence[str] = ()) -> int:
+    """Run what has no line in `out` yet, with `extra` settings on top; returns the number of runs that failed."""
     done = finished(out)
     waiting = [cell for cell in wanted if cell.key not in done]
     print(f"{len(waiting)} runs to do, {len(done)} done", file=sys.stderr)
@@ -50,7 +50,7 @@ def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int) -> i
     def run(cell: Cell) -> bool:
         mine = cores.get()
         try:
-            line = run_cell(cell, work, mine)
+            line = run_cell(cell, work, mine, extra)
         except RuntimeError as error:
             print(f"  {cell.key} failed:\n{error}", file=sys.stderr, flush=True)
             return False
@@ -79,12 +79,12 @@ def prepare(task: str, work: Path) -> None:
         shutil.move(made, work / task)
 
 
-def run_cell(cell: Cell, work: Path, cores: list[int]) -> dict[str, Any]:
+def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()) -> dict[str, Any]:
     """Train, evaluate, and take the figures from what the run wrote. Raises `RuntimeError` with the last lines of a failed run."""
     start = time.time()
     with tempfile.TemporaryDirectory(dir=work) as folder:
         run = Path(folder) / "run"
-        settings = [part for setting in (*task_settings(cell.task, work), *cell.settings) for part in ("--set", setting)]
+        settings = [part for setting in (*task_settings(cell.task, work), *cell.settings, *extra) for part in ("--set", setting)]
         call(["train", "--target", cell.rollout_target, *settings, "--run-dir", str(run)], cores)
         rows = read_metrics(run)
         deployed = {"deployed_accuracy": rows[-1]["eval/deployed_accuracy"], "learner_accuracy": rows[-1]["eval/learner_accuracy"]}
@@ -112,7 +112,7 @@ def run_cell(cell: Cell, work: Path, cores: list[int]) -> dict[str, Any]:
         "entropy": [round(row["learner/entropy"], 4) for row in rows[1:]],
         "learner_s": sum(row["perf/learner_s"] for row in rows[1:]),
         "seconds": time.time() - start,
-        "settings": list(cell.settings),
+        "settings": [*cell.settings, *extra],
         "machine": describe_machine(),
         "versions": package_versions(),
     }

@@ -41,7 +41,7 @@ class _Accumulator:
 
     def means(self) -> dict[str, Tensor]:
         """Weight name -> mean over the tokens; layers that share their inputs share the tensor."""
-        means = {name: total / self.num_tokens for name, total in self.sums.items()}
+        means = {name: total.div_(self.num_tokens) for name, total in self.sums.items()}
         return {name: means[leader] for name, leader in self._leader.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hetero_rl.publish import PROOF_GAP_MIN, ProbeProbabilities, proof_failure
+from hetero_rl.publish import PROOF_GAP_MIN, ProbeProbabilities, proof_failure, unrounded_failure
 
 
 def probe(twin: list[float], engine: list[float]) -> ProbeProbabilities:
@@ -38,6 +38,27 @@ def test_a_step_too_small_to_tell_is_not_called_stale() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite_probes_fail(bad: float) -> None:
-    failure = proof_failure(probe([0.5, 0.5], [0.5, bad]), OLD, reference_gap=0.001)
+    """On either side: a comparison with NaN is false, and would pass for agreement."""
+    for measured, whose in ((probe([0.5, 0.5], [0.5, bad]), "the engine's"), (probe([bad, 0.5], [0.5, 0.5]), "the learner's")):
+        failure = proof_failure(measured, OLD, reference_gap=0.001)
+        assert failure is not None
+        assert f"1 of {whose} 2 probe log-probs are not finite" in failure
+
+
+@pytest.mark.parametrize("reference_gap", [0.0, 0.01, 1.0])
+def test_another_model_fails_however_small_its_probabilities(reference_gap: float) -> None:
+    """Where all tokens are unlikely, the gap between any two models is small; and no reference makes up for it."""
+    generator = np.random.default_rng(0)
+    twin, engine = (generator.dirichlet(np.ones(40)).astype(np.float32) for _ in range(2))
+    assert np.abs(twin - engine).mean() < 0.03
+    assert proof_failure(ProbeProbabilities(twin, engine), None, reference_gap) is not None
+    assert proof_failure(ProbeProbabilities(twin, twin * np.float32(1.01)), None, reference_gap) is None
+
+
+def test_an_engine_that_serves_the_weights_unrounded() -> None:
+    twin, plain = probe([0.6, 0.3], [0.5, 0.4]), np.array([0.501, 0.399], np.float32)
+    failure = unrounded_failure(twin, plain)
     assert failure is not None
-    assert "1 of 2 probe log-probs are not finite" in failure
+    assert "as if nothing were quantized" in failure
+    assert unrounded_failure(probe([0.6, 0.3], [0.59, 0.31]), plain) is None
+    assert unrounded_failure(probe([0.502, 0.398], [0.501, 0.399]), plain) is None, "the rounding does not show"

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deploy_targets.catalog import make_quantizer
-from deploy_targets.errors import EngineError, WeightsError
+from deploy_targets.errors import EngineError, ProofError, WeightsError
 from deploy_targets.profile import load_profile
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
-from deploy_targets.weights_file import sha256_of
+from deploy_targets.weights_file import sha256_of, write_version
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.publish import Publisher, evenly
@@ -63,6 +64,34 @@ def test_publish_swaps_proves_and_keeps_the_bytes_it_served(publisher: Publisher
     assert not list(publisher.folder.glob("*.next"))
 
 
+def test_the_file_is_the_one_that_the_engine_was_given(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 1, where it can break: between what is handed to the engine and what lies in the folder, which is what export copies."""
+    given: list[str] = []
+    update = publisher.engine.update
+
+    def recorded(weights: WeightFile) -> int:
+        given.append(sha256_of(weights.path))
+        return update(weights)
+
+    monkeypatch.setattr(publisher.engine, "update", recorded)
+    for version in (1, 2):
+        move(publisher)
+        publisher.publish(version)
+        assert given[-1] == sha256_of(publisher.folder / WEIGHTS_FILE)
+    assert len(set(given)) == 2
+
+
+def test_an_engine_of_another_model_is_refused_at_the_start(publisher: Publisher, tiny_models: TinyModels, tmp_path: Path) -> None:
+    """Its probabilities are all small, and so is every gap between them."""
+    other = tiny_models("qwen3", seed=1)
+    tensors = load_file(other / WEIGHTS_FILE)
+    quantizer = make_quantizer(load_profile("int4-onnx"), other)
+    write_version(tmp_path / "other", quantizer, iter(tensors.items()), other, num_tensors_max=1000)
+    publisher.engine.update(WeightFile(tmp_path / "other", 0))
+    with pytest.raises(ProofError, match="does not compute with the published weights: mean abs"):
+        publisher.calibrate(PROBES)
+
+
 def test_nothing_learned_publishes_the_same_bytes(publisher: Publisher) -> None:
     before, scores = sha256_of(publisher.folder / WEIGHTS_FILE), publisher.engine.score(PROBES)
     for version in range(1, 4):
@@ -91,6 +120,28 @@ def test_an_engine_that_keeps_the_old_weights_is_rebuilt(publisher: Publisher, m
         move(publisher)
     publisher.publish(1)
     assert publisher.num_rebuilds == 1
+
+
+def test_an_engine_that_fails_while_it_is_asked_is_rebuilt(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(sequences: object, temperature: float = 1.0) -> None:
+        raise EngineError("it died")
+
+    monkeypatch.setattr(publisher.engine, "score", die)
+    move(publisher)
+    publisher.publish(1)
+    assert publisher.num_rebuilds == 1
+    assert "it died" in publisher.rebuilt_because
+
+
+def test_what_was_never_proven_does_not_stay(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the updated nor the rebuilt engine answers right: the run stops, and the folder holds the last proven weights alone."""
+    before, files = sha256_of(publisher.folder / WEIGHTS_FILE), sorted(file.name for file in publisher.folder.iterdir())
+    monkeypatch.setattr("hetero_rl.publish.proof_failure", lambda *_: "it answers wrong")
+    move(publisher)
+    with pytest.raises(ProofError, match=r"update 1 is not served by .*: it answers wrong\. A rebuilt engine fails as well"):
+        publisher.publish(1)
+    assert sha256_of(publisher.folder / WEIGHTS_FILE) == before
+    assert sorted(file.name for file in publisher.folder.iterdir()) == files
 
 
 def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:

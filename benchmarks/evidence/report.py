@@ -1,0 +1,182 @@
+"""Tables and curves of docs/evidence.md, made from the JSON lines alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.cells import ARMS, REGIMES, TASKS
+from deploy_targets.charts import line_chart
+
+Run = dict[str, Any]
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 %, for 1, 2, ... degrees of freedom."""
+SMOOTHING = 10
+"""Steps that a reward is averaged over where runs are compared at equal reward."""
+MARKER = "evidence"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds; `half` is half of its 95 % interval, NaN for a single seed."""
+
+    mean: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """By Student's t."""
+        if len(values) < 2:
+            return cls(values[0], math.nan, 1)
+        t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 2.0
+        return cls(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def text(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
+        """`61.2 ± 1.5`, without the interval for a single seed."""
+        mean = f"{scale * self.mean:{sign}.{digits}f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Every finished run."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def gap_at_equal_reward(runs: Sequence[Run]) -> list[float]:
+    """Each run's engine gap over its floor at the reward that all of `runs` reached: a policy that collapsed has a small gap as well."""
+    curves = [_smoothed(run["reward"]) for run in runs]
+    shared = min(max(curve) for curve in curves)
+    found = []
+    for run, curve in zip(runs, curves, strict=True):
+        if ARMS[run["arm"]].full_precision_rollouts:
+            found.append(math.nan)  # its engine was not the target
+            continue
+        step = next(i for i, reward in enumerate(curve) if reward >= shared)
+        gaps = run["engine_gap"][max(0, step - SMOOTHING // 2) : step + SMOOTHING // 2 + 1]
+        found.append(statistics.mean(gaps) / run["floor"] if run["floor"] > 0 else math.nan)
+    return found
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    return [statistics.mean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
+
+
+def places(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """The pairs of task and target, in the order of their first run."""
+    return list(dict.fromkeys((run["task"], run["target"]) for run in runs))
+
+
+def accuracy_table(runs: Sequence[Run]) -> list[str]:
+    """Deployed accuracy of each arm, the learner's own in brackets; the best of a column in bold, with the number of collapsed runs."""
+    columns = places(runs)
+    lines = [_row(["arm", *(f"{task}, {target}" for task, target in columns)]), _row(["---"] * (1 + len(columns)))]
+    cells: dict[tuple[str, tuple[str, str]], list[Run]] = {}
+    for run in runs:
+        cells.setdefault((run["arm"], (run["task"], run["target"])), []).append(run)
+    deployed = {key: Estimate.of([run["deployed_accuracy"] for run in some]) for key, some in cells.items()}
+    for arm in (arm for arm in ARMS if any(key[0] == arm for key in cells)):
+        row = [f"`{arm}`"]
+        for place in columns:
+            some = cells.get((arm, place))
+            if some is None:
+                row.append("")
+                continue
+            others = [estimate.mean for (other, there), estimate in deployed.items() if there == place and other != "control"]
+            text = deployed[arm, place].text(100)
+            text = f"**{text}**" if arm != "control" and deployed[arm, place].mean == max(others) else text
+            learner = Estimate.of([run["learner_accuracy"] for run in some])
+            collapsed = sum(run["collapsed"] for run in some)
+            row.append(f"{text} ({100 * learner.mean:.1f})" + (f" †{collapsed}" if collapsed else ""))
+        lines.append(_row(row))
+    return lines
+
+
+def difference_table(runs: Sequence[Run]) -> list[str]:
+    """Our arms less the best rival of the same task and target, in points of deployed accuracy, paired by seed."""
+    lines = [_row(["task, target", "best rival", "arm", "difference", "gap at equal reward / floor", "learner time"]), _row(["---"] * 6)]
+    for task, target in places(runs):
+        here = [run for run in runs if (run["task"], run["target"]) == (task, target) and run["arm"] != "control"]
+        by_arm: dict[str, dict[int, Run]] = {}
+        for run in here:
+            by_arm.setdefault(run["arm"], {})[run["seed"]] = run
+        rivals = {arm: Estimate.of([run["deployed_accuracy"] for run in by_arm[arm].values()]) for arm in by_arm if not ARMS[arm].ours}
+        if not rivals:
+            continue
+        best = max(rivals, key=lambda arm: rivals[arm].mean)
+        for arm in (arm for arm in ARMS if arm in by_arm and ARMS[arm].ours):
+            seeds = sorted(by_arm[arm].keys() & by_arm[best].keys())
+            if not seeds:
+                continue
+            pairs = [(by_arm[arm][seed], by_arm[best][seed]) for seed in seeds]
+            difference = Estimate.of([ours["deployed_accuracy"] - rival["deployed_accuracy"] for ours, rival in pairs])
+            gaps = [gap_at_equal_reward(pair) for pair in pairs]
+            ours, theirs = (Estimate.of([gap[side] for gap in gaps]) for side in (0, 1))
+            time = statistics.mean(ours["learner_s"] / rival["learner_s"] for ours, rival in pairs)
+            row = [f"{task}, {target}", f"`{best}` {rivals[best].text(100)}", f"`{arm}`", difference.text(100, sign="+")]
+            gap = f"{ours.mean:.2f}" + ("" if math.isnan(theirs.mean) else f" against {theirs.mean:.2f}")
+            lines.append(_row([*row, gap, f"{time:.2f} x"]))
+    return lines
+
+
+def curves(runs: Sequence[Run], folder: Path) -> list[str]:
+    """One chart for each regime, task and target: deployed accuracy by step, the mean over seeds; returns the lines that show them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for regime in (regime for regime in REGIMES if any(run["regime"] == regime for run in runs)):
+        for task, target in places(run for run in runs if run["regime"] == regime):
+            here = [run for run in runs if (run["regime"], run["task"], run["target"]) == (regime, task, target)]
+            series = {}
+            for arm in (arm for arm in ARMS if ARMS[arm].drawn):
+                some = [run["curve"] for run in here if run["arm"] == arm]
+                if some:
+                    steps = [point[0] for point in some[0]]
+                    series[arm] = (steps, [100 * statistics.mean(curve[i][1] for curve in some) for i in range(len(steps))])
+            if not series:
+                continue
+            name = f"{regime}-{task}-{target}.svg"
+            chart = line_chart(series, title=f"{task} for {target}, {regime}", x_label="step", y_label="deployed accuracy, %")
+            (folder / name).write_text(standalone(chart), "utf-8")
+            lines.append(f"![Deployed accuracy by step: {task}, {target}, {regime}](images/evidence/{name})")
+    return lines
+
+
+def standalone(chart: str) -> str:
+    """A chart as a file of its own."""
+    return chart if "xmlns=" in chart else chart.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+
+
+def report(runs: Sequence[Run], docs: Path) -> str:
+    """The generated part of docs/evidence.md; writes the charts beside it."""
+    lines = [
+        f"{len(runs)} runs; accuracy in %, mean over seeds with its 95 % interval. † counts runs that collapsed.",
+        "",
+        "| arm | what it is |",
+        "| --- | --- |",
+    ]
+    lines += [f"| `{name}` | {arm.what} |" for name, arm in ARMS.items() if any(run["arm"] == name for run in runs)]
+    for regime in (regime for regime in REGIMES if any(run["regime"] == regime for run in runs)):
+        here = [run for run in runs if run["regime"] == regime]
+        lines += ["", f"### {regime}", "", "Deployed accuracy, and the learner's own in brackets:", "", *accuracy_table(here)]
+        lines += ["", "Against the best rival:", "", *difference_table(here)]
+    return "\n".join([*lines, "", *curves(runs, docs / "images" / "evidence")])
+
+
+def write_report(results: Path, page: Path) -> None:
+    """Put the tables between the markers of `page`. Raises `SystemExit` where it has lost them."""
+    begin, end = f"<!-- {MARKER}: made by python -m benchmarks.evidence report -->\n", f"<!-- end of {MARKER} -->\n"
+    before, found, rest = page.read_text("utf-8").partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise SystemExit(f"{page} has lost the markers of {MARKER!r}; put them back")
+    runs = [run for run in read_runs(results) if run["arm"] in ARMS and run["task"] in TASKS]
+    page.write_text(before + begin + "\n" + report(runs, page.parent) + "\n\n" + end + after, "utf-8")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

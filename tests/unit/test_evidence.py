@@ -1,0 +1,109 @@
+"""The evidence suite: what its cells set, that a run resumes, and that the tables say what the lines say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
+from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, write_report
+from benchmarks.evidence.tasks import last_step, samples
+from hetero_rl.config import load_config
+from hetero_rl.unused_settings import unused_settings
+from tests.unit.test_benchmarks import ROOT
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_cell_is_a_valid_run(name: str) -> None:
+    for cell in cells(SUITES[name]):
+        task = () if TASKS[cell.task].size is None else ("task.type=dataset", "task.path=a.jsonl", "task.heldout_path=b.jsonl")
+        config, _ = load_config([], [*task, *cell.settings], cell.rollout_target)
+        assert not list(unused_settings(config)), cell.key
+
+
+def test_expressions_and_sorted_lists_are_solved_by_what_they_say() -> None:
+    for sample, _ in zip(samples("expression"), range(50), strict=False):
+        assert eval(sample.prompt.removesuffix("=")) == int(sample.answer)
+        assert all(eval(step) == int(sample.answer) for step in sample.solution.split(";"))
+        assert last_step([sample.prompt], [sample.solution], [sample.answer]) == [1.0]
+        assert last_step([sample.prompt], [sample.solution + "1"], [sample.answer]) == [0.0]
+    for sample, _ in zip(samples("sorting"), range(50), strict=False):
+        assert sorted(sample.prompt.removesuffix(":").split()) == sample.answer.split()
+
+
+def run(arm: str, seed: int, accuracy: float, gap: float = 0.02, **changes: Any) -> dict[str, Any]:
+    base = {
+        **{"task": "addition", "target": "int4-onnx", "regime": "on_policy", "arm": arm, "seed": seed, "collapsed": False},
+        **{"deployed_accuracy": accuracy, "learner_accuracy": accuracy - 0.01, "floor": 0.01, "learner_s": 10.0},
+        **{"reward": [0.1 * i for i in range(10)], "engine_gap": [gap] * 10, "curve": [[0, 0.4, 0.4], [10, accuracy, accuracy]]},
+    }
+    return {**base, **changes}
+
+
+def test_intervals_are_students() -> None:
+    """Against the closed form for two and three values."""
+    assert Estimate.of([1.0, 3.0]).half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
+    assert Estimate.of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert Estimate.of([0.5]).text(100) == "50.0"
+
+
+def test_tables() -> None:
+    runs = [run("grpo", 0, 0.50), run("grpo", 1, 0.60), run("tis", 0, 0.40), run("tis", 1, 0.42, collapsed=True), run("control", 0, 0.9)]
+    runs += [run("grey_dual", 0, 0.58, gap=0.005, learner_s=20.0), run("grey_dual", 1, 0.70, gap=0.005, learner_s=20.0)]
+    rows = {line.split("`")[1]: line for line in accuracy_table(runs)[2:]}
+    assert "**64.0 ± " in rows["grey_dual"]
+    assert "†1" in rows["tis"]
+    assert "**" not in rows["control"], "no mismatch is no rival"
+    [row] = difference_table(runs)[2:]
+    assert "| `grpo` 55.0 ± " in row
+    assert "| +9.0 ± 12.7 | 0.50 against 2.00 | 2.00 x |" in row
+
+
+def test_a_collapsed_policy_is_compared_at_the_reward_it_had() -> None:
+    """Its gap is small at the end; at the reward that both reached, it was not."""
+    rising = [i / 40 for i in range(40)]
+    good = run("grpo", 0, 0.9, reward=rising, engine_gap=[0.02] * 40)
+    collapsed = run("tis", 0, 0.0, reward=rising[:20] + [0.0] * 20, engine_gap=[0.03] * 20 + [0.001] * 20)
+    assert gap_at_equal_reward([good, collapsed]) == pytest.approx([2.0, 3.0], rel=0.3)
+
+
+def test_report_is_made_from_the_lines_alone(tmp_path: Path) -> None:
+    page, lines = tmp_path / "evidence.md", tmp_path / "evidence.jsonl"
+    page.write_text("# Before\n<!-- evidence: made by python -m benchmarks.evidence report -->\nold\n<!-- end of evidence -->\nafter\n")
+    lines.write_text("".join(json.dumps(run(arm, 0, 0.5)) + "\n" for arm in ("grpo", "grey_dual")))
+    write_report(lines, page)
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert (tmp_path / "images/evidence/on_policy-addition-int4-onnx.svg").read_text().startswith("<svg")
+    write_report(lines, page)
+    assert page.read_text() == text
+
+
+@pytest.mark.slow
+def test_a_suite_resumes(tmp_path: Path) -> None:
+    """One run through the command line; asked again, there is nothing to do."""
+    out = tmp_path / "lines.jsonl"
+    choice = ["--tasks", "addition", "--targets", "int4-onnx", "--regimes", "on_policy", "--arms", "ptq", "--seeds", "0"]
+    settings = ["loop.num_steps=2", "loop.prompts_per_step=4", "evaluation.num_problems=20", "evaluation.num_final_problems=20"]
+    settings += ["checkpoint.every_steps=2", "learner.warmup_steps=1"]
+    command = [sys.executable, "-m", "benchmarks.evidence", "run", "--suite", "screening", *choice, "--out", str(out)]
+    command += ["--work", str(tmp_path / "work"), *(part for setting in settings for part in ("--set", setting))]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr
+    assert "0 runs to do, 1 done" in done.stderr
+    [line] = [json.loads(text) for text in out.read_text().splitlines()]
+    assert line["cell"] == Cell("addition", "int4-onnx", "on_policy", "ptq", 0).key
+    assert line["gap"] > 0.001, "judged by the target, not by the engine that made the rollouts"
+    assert line["floor"] < 1e-4
+    assert len(line["reward"]) == 2
+    assert set(ARMS) >= {line["arm"]}
