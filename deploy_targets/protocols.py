@@ -97,6 +97,20 @@ class CalibratedQuantizer(Quantizer, Protocol):
 
 
 @runtime_checkable
+class ActivationQuantizer(Quantizer, Protocol):
+    """A quantizer whose kernels also round the inputs of the layers it quantizes."""
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether this scheme does so; where it does not, `rounded_inputs` gives back what it is given."""
+        ...
+
+    def rounded_inputs(self, name: str, activations: torch.Tensor) -> torch.Tensor:
+        """The values that the kernels multiply with in place of the inputs [..., in] of the layer whose weight is `name`; same dtype."""
+        ...
+
+
+@runtime_checkable
 class FileQuantizer(Quantizer, Protocol):
     """A quantizer whose target keeps its weights in one file of its own format; the weights of all others are a safetensors file."""
 

@@ -34,7 +34,7 @@ from hetero_rl.step_metrics import Clock, first_row, step_row
 from hetero_rl.types import TrainSequence
 from hetero_rl.view import View
 
-NUM_PROOF_PROBES = 16
+NUM_PROOF_PROBES = 8
 PROOF_RESPONSE_TOKENS = 16
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
 from deploy_targets.errors import ProfileError
-from deploy_targets.quantizers.compressed_weights import SCHEMES
+from deploy_targets.quantizers.compressed_weights import SCHEMES, Float8Weights, Int8Weights
 from deploy_targets.quantizers.int4_packed import Int4Weights
 from deploy_targets.quantizers.linear_quantizer import HEAD, LinearQuantizer
 from deploy_targets.quantizers.model_files import is_ignored
@@ -42,6 +43,16 @@ class CompressedTensorsQuantizer(LinearQuantizer):
         weights = made(scheme)
         super().__init__(scheme, model_config, weights, weights.rounding if isinstance(weights, Int4Weights) else None)
         self._scheme_arguments, self._format = weights.arguments(), weights.format.value
+
+    def rounded_inputs(self, name: str, activations: torch.Tensor) -> torch.Tensor:
+        """See `ActivationQuantizer`."""
+        weights = self._weights
+        return weights.inputs(activations) if isinstance(weights, Float8Weights | Int8Weights) else activations
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the scheme rounds activations, in kernels that are known to do so."""
+        return isinstance(self._weights, Float8Weights | Int8Weights)
 
     def _quantization_config(self, out_dir: Path) -> dict[str, Any]:
         weights, activations = self._scheme_arguments

@@ -46,9 +46,14 @@ class Float8Weights:
         yield f"{name}_scale", scales
 
     def decode(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """FP8 value times scale; the rounding of the activations is the engine's own and is not in it."""
+        """FP8 value times scale; see `inputs` for the activations."""
         values, scales = quantize_float8(weight)
         return (values.float() * scales).to(weight.dtype)
+
+    def inputs(self, activations: torch.Tensor) -> torch.Tensor:
+        """What the kernels make of the activations [..., in]: FP8 value times the scale of the token."""
+        values, scales = quantize_float8(_tokens(activations))
+        return (values.float() * scales).view(activations.shape).to(activations.dtype)
 
     def arguments(self) -> tuple[QuantizationArgs, QuantizationArgs | None]:
         """What `config.json` says of weights and of activations."""
@@ -125,9 +130,14 @@ class Int8Weights:
         yield f"{name}_scale", scales
 
     def decode(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """INT8 value times scale; the rounding of the activations is the engine's own and is not in it."""
+        """INT8 value times scale; see `inputs` for the activations."""
         values, scales = quantize_int8(weight)
         return (values.float() * scales).to(weight.dtype)
+
+    def inputs(self, activations: torch.Tensor) -> torch.Tensor:
+        """What the kernels make of the activations [..., in]: INT8 value times the scale of the token."""
+        values, scales = quantize_int8(_tokens(activations))
+        return (values.float() * scales).view(activations.shape).to(activations.dtype)
 
     def arguments(self) -> tuple[QuantizationArgs, QuantizationArgs | None]:
         """What `config.json` says of weights and of activations."""
@@ -181,6 +191,11 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = rows.abs().amax(dim=1, keepdim=True) / 127
     scales = _without_zeros(scales)
     return (rows / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _tokens(activations: torch.Tensor) -> torch.Tensor:
+    """One row per token, in the bf16 that the kernels are given."""
+    return activations.detach().to(torch.bfloat16).flatten(0, -2)
 
 
 def _spread(scales: torch.Tensor, block: int) -> torch.Tensor:

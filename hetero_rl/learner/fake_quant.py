@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deploy_targets.protocols import Quantizer
+from deploy_targets.protocols import ActivationQuantizer, Quantizer
 from deploy_targets.saved_names import saved_views
 from hetero_rl.learner.compute import FollowingLinear
 
@@ -36,12 +36,14 @@ class _Twin(nn.Module):
     weight: Tensor
     weight_name: str
     quantizer: Quantizer
+    inputs_rounded_by: ActivationQuantizer | None
     as_twin: bool
     keep: bool
     _rounded: Tensor | None
 
     def adopt(self, weight_name: str, quantizer: Quantizer, keep: bool) -> None:
         """Become the twin of the weight that a checkpoint calls `weight_name`."""
+        self.inputs_rounded_by = quantizer if isinstance(quantizer, ActivationQuantizer) and quantizer.rounds_inputs else None
         self.weight_name, self.quantizer, self.keep = weight_name, quantizer, keep
         self.as_twin, self._rounded = False, None
 
@@ -62,7 +64,15 @@ class _Twin(nn.Module):
 
 
 class TwinLinear(_Twin, FollowingLinear):
-    """A linear layer that computes with its weight, or with its fake-quantized twin."""
+    """A linear layer that computes with its weight, or with its fake-quantized twin, whose inputs are rounded where the kernels do so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X @ W.T + b."""
+        if self.as_twin and self.inputs_rounded_by is not None:
+            with torch.no_grad():
+                rounded = self.inputs_rounded_by.rounded_inputs(self.weight_name, input)
+            input = _StraightThrough.apply(input, rounded)  # type: ignore[no-untyped-call]
+        return super().forward(input)
 
 
 class TwinEmbedding(_Twin, nn.Embedding):

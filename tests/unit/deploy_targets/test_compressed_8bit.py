@@ -134,3 +134,26 @@ def test_sizes_that_are_no_whole_blocks_are_offenders() -> None:
     assert len(found) == 3
     assert any("input size 192" in line for line in found)
     assert any("output size 64" in line for line in found)
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "W8A8"])
+def test_inputs_are_rounded_token_by_token(name: str) -> None:
+    """Each token on a grid of its own that ends at its largest value; against a search over the grid, value by value."""
+    activations = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.01])[:, None]
+    activations[1, 2] = 0.0
+    grid = float8_grid() / 448 if name == "FP8_DYNAMIC" else torch.arange(-127, 128) / 127
+    rounded = quantizer(name).rounded_inputs("p.weight", activations)
+    assert rounded.shape == activations.shape
+    assert rounded.dtype == activations.dtype
+    for row, found in zip(activations.to(torch.bfloat16).float().view(-1, 64), rounded.view(-1, 64), strict=True):
+        candidates = grid * row.abs().max()
+        best = (row[:, None] - candidates).abs().amin(-1)
+        assert torch.allclose((row - found).abs(), best, atol=1e-6 * float(row.abs().max()))
+
+
+def test_schemes_that_leave_activations_alone() -> None:
+    activations = torch.randn(4, 128)
+    blocks = quantizer("FP8_BLOCK")
+    assert not blocks.rounds_inputs
+    assert torch.equal(blocks.rounded_inputs("p.weight", activations), activations)
+    assert quantizer("W8A8").rounds_inputs

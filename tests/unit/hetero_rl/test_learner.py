@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
+from deploy_targets.profile import load_profile
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
 from hetero_rl.config import AlgorithmConfig
@@ -50,6 +52,25 @@ def test_twin_computes_with_the_targets_weights(signal: str, make_learner: MakeL
     replaced = learner.score(batch)
     assert all((a.logps == b.logps).all() for a, b in zip(twin_scores, replaced, strict=True))
     assert max(np.abs(a.logps - b.logps).max() for a, b in zip(twin_scores, plain_scores, strict=True)) > 1e-3
+
+
+def test_a_twin_rounds_its_inputs_where_the_kernels_do(model_dir: Path) -> None:
+    """W8A8: product of the rounded inputs and the rounded weight, the gradient as if nothing were rounded."""
+    profile = load_profile("int8-vllm")
+    quantizer = make_quantizer(profile, model_dir)
+    lm = load_causal_lm(model_dir)
+    layers = add_twin(lm, quantizer)
+    layer = lm.model.layers[0].mlp.down_proj
+    inputs = torch.randn(5, layer.in_features, requires_grad=True)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with twin(layers):
+        out = layer(inputs)
+    expected = quantizer.rounded_inputs(name, inputs.detach()) @ quantizer.dequantized(name, layer.weight).float().t()
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, layer(inputs), atol=1e-3)
+    out.sum().backward()
+    assert inputs.grad is not None
+    torch.testing.assert_close(inputs.grad, quantizer.dequantized(name, layer.weight).detach().float().sum(0).expand(5, -1))
 
 
 def test_straight_through_gradient(model_dir: Path) -> None:
