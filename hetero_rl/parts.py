@@ -10,6 +10,7 @@ from typing import Any
 from deploy_targets.catalog import is_rebuilt, make_quantizer
 from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
+from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState, checkpoints, load_state
 from hetero_rl.config import RunConfig
@@ -86,12 +87,13 @@ def assemble(
         num_updates=config.loop.num_steps * config.learner.updates_per_rollout,
         max_response_tokens=config.loop.max_response_tokens,
         seed=config.loop.seed,
+        cache_rounding=cache_rounding(profile),
     )
     stack.callback(learner.close)
     view.phase(f"the learner computes in {learner.compute_dtype}{', responses share their prompt' if learner.packed else ''}")
-    if config.constraint.signal == "grey_box" and not learner.twins:
+    if config.constraint.signal == "grey_box" and not learner.has_twin:
         view.warn(
-            f"target {profile.name!r} quantizes no linear layer: constraint.signal = 'grey_box' has no twin to pull on, "
+            f"target {profile.name!r} quantizes no layer: constraint.signal = 'grey_box' has no twin to pull on, "
             "so the gap is only measured"
         )
     if checkpoint is not None:

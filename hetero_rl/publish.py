@@ -225,7 +225,7 @@ class Publisher:
 
     def _where_to_look(self) -> str:
         profile = self._profile
-        if not self._learner.twins:
+        if not self._learner.has_twin:
             return "No layer is quantized, so the engine or its options are at fault; `hetero-rl doctor` shows versions"
         return (
             f"Scheme {profile.scheme.name} or its kernels in {profile.engine.name} are at fault, or engine.options; "

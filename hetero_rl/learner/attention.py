@@ -20,6 +20,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from deploy_targets.quantizers.kv_cache import CacheRounding
+from hetero_rl.learner.straight_through import straight_through
+
 NAME = "short_causal"
 LONGEST = 128
 """Beyond this length the scores no longer fit the cache and the fused kernel wins (`benchmarks/attention.py`)."""
@@ -113,7 +116,7 @@ def follows_packing(lm: Any) -> bool:
     Every layer must have asked for attention of the kind that is packed, and nothing else may mix tokens (a convolution).
     """
     base, config = lm.base_model, lm.config
-    if config._attn_implementation != NAME or "position_ids" not in signature(base.forward).parameters:
+    if config._attn_implementation != NAME or torch.cuda.is_available() or "position_ids" not in signature(base.forward).parameters:
         return False
     tokens = torch.arange(8) % min(8, int(config.vocab_size))
     row, positions = tokens[None], torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4]])
@@ -127,6 +130,23 @@ def follows_packing(lm: Any) -> bool:
     apart = torch.cat([plain[0], plain[1][2:]])
     error = (together - apart).norm() / apart.norm()
     return packing.num_layers_used == config.num_hidden_layers and bool(error < (1e-4 if apart.dtype == torch.float32 else 0.02))
+
+
+def follows_cache_rounding(lm: Any) -> bool:
+    """Whether a `cache_rounding` handed to this model arrives at each of its attention layers: tried out with one that counts."""
+    used = []
+
+    def count(heads: Tensor) -> Tensor:
+        used.append(heads)
+        return heads
+
+    with torch.no_grad():
+        try:
+            ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None] % int(lm.config.vocab_size)
+            lm.base_model(input_ids=ids, use_cache=False, cache_rounding=count)
+        except TypeError:
+            return False  # a model that does not know the argument
+    return len(used) == 2 * int(lm.config.num_hidden_layers)
 
 
 def packed_arguments(packing: Packing) -> dict[str, Any]:
@@ -144,6 +164,7 @@ def short_causal_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    cache_rounding: CacheRounding | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q K^T / sqrt(d)) V under a causal mask; scores in fp32.
@@ -158,11 +179,14 @@ def short_causal_attention(
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Not applied; the learner trains without.
         packing: Of a packed batch.
+        cache_rounding: What the target's KV cache makes of keys and values; gradients pass straight through.
         **kwargs: The rest of transformers' interface.
 
     Returns:
         [batch, length, num_heads, head_dim] in the dtype of `query`, and no attention weights.
     """
+    if cache_rounding is not None:
+        key, value = (straight_through(heads, cache_rounding) for heads in (key, value))
     length = query.shape[2]
     # Whether packed batches are followed is found out once, on a short one: for all that may come.
     longest = length if packing is None else LONGEST_PACKED
@@ -172,7 +196,7 @@ def short_causal_attention(
     if packing is not None and plain:
         packing.num_layers_used += 1
         return _packed_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, packing), None
-    if attention_mask is not None or key.shape[2] != length or length > LONGEST or not plain:
+    if attention_mask is not None or key.shape[2] != length or length > LONGEST or not plain or query.device.type != "cpu":
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
     mask = torch.full((length, length), float("-inf"), device=query.device).triu(1)

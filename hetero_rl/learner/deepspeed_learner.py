@@ -15,12 +15,13 @@ from torch import Tensor
 
 from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
+from deploy_targets.quantizers.kv_cache import CacheRounding
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.losses import response_scales
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
-from hetero_rl.learner.attention import follows_packing
+from hetero_rl.learner.attention import follows_cache_rounding, follows_packing, register
 from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
@@ -66,8 +67,12 @@ class Learner:
         num_updates: int,
         max_response_tokens: int,
         seed: int,
+        cache_rounding: CacheRounding | None = None,
     ) -> None:
-        """Load the model of `model_dir` and wrap it; `num_updates` is the length of the learning-rate schedule."""
+        """Load the model of `model_dir` and wrap it; `num_updates` is the length of the learning-rate schedule.
+
+        `cache_rounding`: what the target's KV cache makes of keys and values; the twin does the same where the model lets it.
+        """
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
         self._max_response_tokens = max_response_tokens
         torch.manual_seed(seed)
@@ -82,15 +87,23 @@ class Learner:
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
         self.packed = follows_packing(lm)
+        if cache_rounding is not None:
+            lm.set_attn_implementation(register())
+        self.cache_rounding = cache_rounding if cache_rounding is not None and follows_cache_rounding(lm) else None
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
-        self._engine = start_engine(Policy(lm, self.twins, learner.logit_chunk_elements), learner, num_updates)
+        self._engine = start_engine(Policy(lm, self.twins, learner.logit_chunk_elements, self.cache_rounding), learner, num_updates)
         self.device: torch.device = self._engine.device
         self._skipped_in_a_row, self._num_updates = 0, 0
         self._as_twin = learner.forward == "fake_quant"
-        if self._as_twin and not self.twins:
+        if self._as_twin and not self.has_twin:
             raise UsageError(
-                "learner.forward = 'fake_quant' has nothing to round: the target quantizes no linear layer. Leave it at 'bf16'"
+                "learner.forward = 'fake_quant' has nothing to round: the target quantizes no layer that is known here. Leave it at 'bf16'"
             )
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the target computes otherwise than the learner, as far as is known: rounded weights, inputs, keys or values."""
+        return bool(self.twins) or self.cache_rounding is not None
 
     @property
     def policy(self) -> Policy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,7 @@ from torch.func import functional_call
 from deploy_targets.protocols import ActivationQuantizer, Quantizer
 from deploy_targets.saved_names import saved_views
 from hetero_rl.learner.compute import FollowingLinear
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the rounded weight. Backward: the gradient passes to the weight unchanged (Bengio et al., arXiv 1308.3432).
-
-    The usual w + (round(w) - w).detach() would be rounded once more in bf16 and miss the target's grid.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+from hetero_rl.learner.straight_through import straight_through
 
 
 class _Twin(nn.Module):
@@ -51,12 +38,12 @@ class _Twin(nn.Module):
         """The weight, or inside `twin(...)` the values the target computes with, which `keep` holds until `forget`."""
         if not self.as_twin:
             return self.weight
-        rounded = self._rounded
-        if rounded is None:
-            with torch.no_grad():
-                rounded = self.quantizer.dequantized(self.weight_name, self.weight)
+        return straight_through(self.weight, self._round)
+
+    def _round(self, weight: Tensor) -> Tensor:
+        rounded = self.quantizer.dequantized(self.weight_name, weight) if self._rounded is None else self._rounded
         self._rounded = rounded if self.keep else None
-        return _StraightThrough.apply(self.weight, rounded)  # type: ignore[no-any-return, no-untyped-call]
+        return rounded
 
     def forget(self) -> None:
         """Drop the rounded weight; due after every change of the weights."""
@@ -69,9 +56,7 @@ class TwinLinear(_Twin, FollowingLinear):
     def forward(self, input: Tensor) -> Tensor:
         """X @ W.T + b."""
         if self.as_twin and self.inputs_rounded_by is not None:
-            with torch.no_grad():
-                rounded = self.inputs_rounded_by.rounded_inputs(self.weight_name, input)
-            input = _StraightThrough.apply(input, rounded)  # type: ignore[no-untyped-call]
+            input = straight_through(input, partial(self.inputs_rounded_by.rounded_inputs, self.weight_name))
         return super().forward(input)
 
 
@@ -119,18 +104,16 @@ class TwinExperts(nn.Module):
         weight: Tensor = getattr(self, name)
         if not self.as_twin:
             return weight
-        rounded = self._rounded.get(name)
-        if rounded is None:
-            with torch.no_grad():
-                rounded = self._round(self.weight_names[name], weight)
-        if self.keep:
-            self._rounded[name] = rounded
-        return _StraightThrough.apply(weight, rounded)  # type: ignore[no-any-return, no-untyped-call]
+        return straight_through(weight, partial(self._round, name))
 
     def _round(self, name: str, weight: Tensor) -> Tensor:
-        rounded = weight.detach().clone()
-        for saved_name, view in saved_views(name, rounded, self.stored):
-            view.copy_(self.quantizer.dequantized(saved_name, view))
+        rounded = self._rounded.get(name)
+        if rounded is None:
+            rounded = weight.detach().clone()
+            for saved_name, view in saved_views(self.weight_names[name], rounded, self.stored):
+                view.copy_(self.quantizer.dequantized(saved_name, view))
+        if self.keep:
+            self._rounded[name] = rounded
         return rounded
 
     def forget(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deploy_targets.quantizers.kv_cache import CacheRounding
 from hetero_rl.algorithm.corrections import mean_score
 from hetero_rl.algorithm.kinds import Bounds, Centered, GreyBoxForm
 from hetero_rl.algorithm.signals import grey_box_cost
@@ -44,12 +45,16 @@ class Policy(nn.Module):
 
     lm: Any
 
-    def __init__(self, lm: nn.Module, twins: list[TwinLayer], chunk_elements: int) -> None:
-        """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`."""
+    def __init__(self, lm: nn.Module, twins: list[TwinLayer], chunk_elements: int, cache_rounding: CacheRounding | None = None) -> None:
+        """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`.
+
+        `cache_rounding`: what the target's KV cache does, which the twin does as well.
+        """
         super().__init__()
         self.lm = lm
         self.twins = twins
         self.chunk_elements = chunk_elements
+        self.cache_rounding = cache_rounding
 
     def forward(self, batch: MicroBatch, temperature: float, beside: Beside = NOTHING, as_twin: bool = False) -> TokenStats:
         """Statistics of the response tokens of `batch`, at the rollout temperature.
@@ -75,9 +80,11 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: MicroBatch, as_twin: bool) -> Tensor:
         """The last hidden states that predict the response tokens, [num_tokens, hidden_size]."""
-        packed = {} if batch.packing is None else {"position_ids": batch.position_ids, **packed_arguments(batch.packing)}
+        arguments = {} if batch.packing is None else {"position_ids": batch.position_ids, **packed_arguments(batch.packing)}
+        if as_twin and self.cache_rounding is not None:
+            arguments["cache_rounding"] = self.cache_rounding
         with twin(self.twins if as_twin else []):
-            hidden: Tensor = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
+            hidden: Tensor = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         # In float32, because the last token of a shared prompt stands for all its responses; `embedding` gathers, and backward in parallel.
         return nn.functional.embedding(batch.places, hidden.flatten(0, 1).float()).to(hidden.dtype)
 

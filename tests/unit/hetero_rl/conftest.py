@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy_targets.quantizers.kv_cache import CacheRounding
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
 from tests.conftest import TinyModels
@@ -22,7 +23,13 @@ def model_dir(tiny_models: TinyModels) -> Path:
 def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
     made: list[Learner] = []
 
-    def make(signal: str = "off", folder: Path = model_dir, algorithm: AlgorithmConfig | None = None, **options: object) -> Learner:
+    def make(
+        signal: str = "off",
+        folder: Path = model_dir,
+        algorithm: AlgorithmConfig | None = None,
+        cache_rounding: CacheRounding | None = None,
+        **options: object,
+    ) -> Learner:
         config = LearnerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, **options})
         constraint = ConstraintConfig.model_validate({"signal": signal})
         learner = Learner(
@@ -35,6 +42,7 @@ def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
             num_updates=100,
             max_response_tokens=9,
             seed=0,
+            cache_rounding=cache_rounding,
         )
         made.append(learner)
         return learner

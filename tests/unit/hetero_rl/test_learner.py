@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
 from deploy_targets.profile import load_profile
+from deploy_targets.quantizers.kv_cache import cache_rounding, round_float8
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
 from hetero_rl.config import AlgorithmConfig
@@ -298,3 +300,51 @@ def test_every_loss_takes_steps(loss: str, make_learner: MakeLearner) -> None:
     assert stats.num_skipped == 0
     assert stats.grad_norm > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in learner.snapshot().items())
+
+
+def test_a_cache_of_few_bits(make_learner: MakeLearner) -> None:
+    """The twin reads keys and values as the cache holds them, packed and padded alike; the learner does not."""
+    rounding = cache_rounding(load_profile("bf16-vllm-fp8kv"))
+    assert rounding is not None
+    batch = as_sequences(sequences())
+    learner, plain = make_learner("grey_box", cache_rounding=rounding, compute_dtype="float32"), make_learner(compute_dtype="float32")
+    assert learner.has_twin
+    found = []
+    for packed in (True, False):
+        learner.packed = packed
+        found.append(np.concatenate([score.logps for score in learner.score(batch, as_twin=True)]))
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+    without = np.concatenate([score.logps for score in plain.score(batch, as_twin=True)])
+    assert 1e-3 < np.abs(found[0] - without).mean() < 0.5
+    unrounded = (np.concatenate([score.logps for score in each.score(batch)]) for each in (learner, plain))
+    assert np.array_equal(*unrounded)
+
+
+@pytest.mark.parametrize("length", [12, 150])
+def test_attention_over_a_rounded_cache(length: int) -> None:
+    """Values and straight-through gradients are those of torch's attention over what the cache gives back."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, 4, length, 16, generator=generator) for _ in range(3))
+    rounding = partial(round_float8, dtype="float8_e4m3fn")
+    ours, theirs = ([t.clone().requires_grad_(True) for t in (query, key, value)], [query.clone(), rounding(key), rounding(value)])
+    for tensor in theirs:
+        tensor.requires_grad_(True)
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = short_causal_attention(module, *ours, None, cache_rounding=rounding)
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-3)
+
+
+def test_fp8_values_of_a_cache_are_the_nearest() -> None:
+    values = torch.cat([torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3, torch.tensor([0.0, 1e9, -1e9])])
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()]
+    rounded = round_float8(values, "float8_e4m3fn")
+    best = (values.to(torch.bfloat16).float()[:, None] - grid).abs().amin(-1)
+    assert torch.equal((values.to(torch.bfloat16).float() - rounded).abs(), best)
+    assert cache_rounding(load_profile("int4-vllm")) is None
