@@ -58,7 +58,7 @@ def gap_at_equal_reward(runs: Sequence[Run]) -> list[float]:
             found.append(math.nan)  # its engine was not the target
             continue
         step = next(i for i, reward in enumerate(curve) if reward >= shared)
-        gaps = run["engine_gap"][max(0, step - SMOOTHING // 2) : step + SMOOTHING // 2 + 1]
+        gaps = run["engine_gap"][max(0, step - SMOOTHING + 1) : step + 1]
         found.append(statistics.mean(gaps) / run["floor"] if run["floor"] > 0 else math.nan)
     return found
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -113,7 +114,7 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         "learner_s": sum(row["perf/learner_s"] for row in rows[1:]),
         "seconds": time.time() - start,
         "settings": [*cell.settings, *extra],
-        "machine": describe_machine(),
+        "machine": asdict(describe_machine()),
         "versions": package_versions(),
     }
 

@@ -25,10 +25,11 @@ PROBES = [TokenSequence(tuple(range(3 + i, 15 + i)), 4) for i in range(8)]
 
 
 @pytest.fixture
-def publisher(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Publisher]:
+def publisher(tiny_models: TinyModels, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Publisher]:
+    """Parametrized by its learning rate."""
     model_dir, profile = tiny_models("qwen3"), load_profile("int4-onnx")
     quantizer = make_quantizer(profile, model_dir)
-    config = LearnerConfig(lr=1e-2, warmup_steps=0)
+    config = LearnerConfig(lr=getattr(request, "param", 1e-2), warmup_steps=0)
     learner = Learner(
         model_dir,
         quantizer,
@@ -154,6 +155,7 @@ def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:
     assert publisher.engine.weight_version == 0
 
 
+@pytest.mark.parametrize("publisher", [5e-4], indirect=True)
 def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     """No single step moves the probabilities enough to tell; what is held against the engine adds up over the steps."""
     before = publisher._measure()
