@@ -155,7 +155,7 @@ def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:
     assert publisher.engine.weight_version == 0
 
 
-@pytest.mark.parametrize("publisher", [5e-4], indirect=True)
+@pytest.mark.parametrize("publisher", [5e-5], indirect=True)
 def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     """No single step moves the probabilities enough to tell; what is held against the engine adds up over the steps."""
     before = publisher._measure()
