@@ -10,8 +10,8 @@ from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
-from deploy_targets.engines.onnx_options import needs_nvidia_gpu, options_problems
-from deploy_targets.engines.requests import parse_options
+from deploy_targets.engines.onnx_options import missing_provider, needs_nvidia_gpu
+from deploy_targets.engines.options import options_problems
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
 from deploy_targets.families import family_offenders, is_expert
@@ -38,8 +38,8 @@ Learners that take the head's product as the logits, and engines each in their o
 def check_target(profile: TargetProfile) -> list[str]:
     """Why the target cannot run on this machine, one line each; empty when it can.
 
-    Looks at names, packages and devices without importing an engine: importing some of them takes many seconds. ONNX Runtime alone
-    is asked for its execution providers where the target needs another one than the CPU's.
+    Looks at names, packages, devices and the options of shipped engines without importing an engine: importing some of them takes many
+    seconds. ONNX Runtime alone is asked for its execution providers where the target needs another one than the CPU's.
     """
     reasons = name_problems("engine", profile.engine.name) + name_problems("quantizer", profile.scheme.quantizer)
     missing = [package for package in profile.hardware.packages if not _is_installed(package)]
@@ -58,9 +58,10 @@ def check_target(profile: TargetProfile) -> list[str]:
     missing_features = sorted(set(profile.hardware.cpu_features) - set(describe_machine().cpu_features))
     if missing_features and not find_gpus():
         reasons.append(f"its kernels need a CPU with {', '.join(missing_features)}, or a GPU; this machine has neither")
-    if profile.engine.name == "onnxruntime":
-        reasons += options_problems(options)
-    return reasons
+    wrong_options = options_problems(profile.engine.name, options)
+    if profile.engine.name == "onnxruntime" and not wrong_options:
+        reasons += missing_provider(options)
+    return reasons + wrong_options
 
 
 def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None) -> None:
@@ -72,6 +73,7 @@ def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None
     learner and engine would compute differently, sequences or a temperature that the engine would refuse later.
     """
     offenders = check_target(profile)
+    profile = _without_wrong_options(profile)
     shapes: dict[str, tuple[int, ...]] = {}
     config: dict[str, Any] = {}
     try:
@@ -212,16 +214,19 @@ def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], tempera
             resolve("engine", profile.engine.name, extra_of(profile))
         except ListedError as error:
             return list(error.offenders)
-    if profile.engine.name != "vllm":
-        return []
-    try:
-        options = parse_options(VllmOptions, profile.engine.options, "vllm")
-    except ListedError as error:
-        return [f"engine.options: {offender}" for offender in error.offenders]
     vocab_size = config.get("vocab_size")
+    if profile.engine.name != "vllm" or not isinstance(vocab_size, int):
+        return []
     # Greedy tokens are scored at temperature 1.
-    problem = temperature_problem(options, temperature or 1.0, vocab_size) if isinstance(vocab_size, int) else None
+    problem = temperature_problem(VllmOptions.model_validate(profile.engine.options), temperature or 1.0, vocab_size)
     return [] if problem is None else [problem]
+
+
+def _without_wrong_options(profile: TargetProfile) -> TargetProfile:
+    """`profile` with those `[engine.options]` alone that validate: what follows calculates with them."""
+    engine = profile.engine
+    options = {key: value for key, value in engine.options.items() if not options_problems(engine.name, {key: value})}
+    return profile.model_copy(update={"engine": engine.model_copy(update={"options": options})})
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

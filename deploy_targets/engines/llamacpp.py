@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from deploy_targets.engines.draws import Draws, score_tokens
 from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
 from deploy_targets.engines.llamacpp_decode import ContextSlots, logits_of
-from deploy_targets.engines.requests import EngineOptions, check_sequences, compare_layouts, parse_options, read_limits, response_limits
+from deploy_targets.engines.llamacpp_options import LlamaCppOptions
+from deploy_targets.engines.requests import check_sequences, compare_layouts, parse_options, read_limits, response_limits
 from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import ArtifactError, EngineError
 from deploy_targets.gguf_file import GGUF_FILE, GgufHeader, read_gguf
@@ -28,31 +27,6 @@ _LOGITS_PER_PASS = 1 << 26
 """Logits of one pass, 256 MiB of float32."""
 _NAME_KEYS = ("general.name",)
 """Metadata that may differ between versions."""
-
-
-class LlamaCppOptions(EngineOptions):
-    """The `[engine.options]` table of a llama.cpp target."""
-
-    num_threads: int | None = Field(None, ge=1)
-    """Cores to use; all that this process may use by default."""
-    threads_per_batch: int = Field(1, ge=1)
-    """Cores that share one batch. More than one pays for large models, or for single requests."""
-    max_batch_size: int = Field(64, ge=1, le=256)
-    """Sequences of one batch; there are num_threads / threads_per_batch batches at a time, each with a cache for so many."""
-    max_batch_tokens: int = Field(1024, ge=32)
-    """Tokens of one prefill or scoring pass; large vocabularies lower it, so that its logits take at most 256 MiB."""
-    kv_cache_dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    """How keys and values are kept; llama.cpp's own default is f16."""
-    flash_attention: bool = False
-    """Attention as one operator: less memory, but on a CPU its sums over values are kept in f16 and long sequences are slower."""
-    num_gpu_layers: int = Field(0, ge=0)
-    """Layers that a build of llama.cpp with GPU support keeps on the GPU."""
-
-    @model_validator(mode="after")
-    def _quantized_values_need_flash_attention(self) -> Self:
-        if self.kv_cache_dtype == "q8_0" and not self.flash_attention:
-            raise ValueError("kv_cache_dtype 'q8_0' needs flash_attention = true: llama.cpp has no other attention over quantized values")
-        return self
 
 
 class LlamaCppEngine:

@@ -6,16 +6,14 @@ import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
-from pydantic import Field
 from safetensors.torch import load_file
 
 from deploy_targets.engines.requests import (
-    EngineOptions,
     check_layout,
     check_sequences,
     parse_options,
@@ -23,6 +21,7 @@ from deploy_targets.engines.requests import (
     read_limits,
     response_limits,
 )
+from deploy_targets.engines.transformers_options import TransformersOptions
 from deploy_targets.errors import EngineError
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -31,19 +30,6 @@ if TYPE_CHECKING:
     from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
 
 _BITSANDBYTES = "bitsandbytes"
-
-
-class TransformersOptions(EngineOptions):
-    """The `[engine.options]` of a transformers target."""
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of weights and activations; logits are turned into log-probs in float32."""
-    device: str = "auto"
-    """`auto` (the first GPU when there is one, else the CPU), or a device as PyTorch names it."""
-    score_batch_size: int = Field(32, ge=1)
-    """Sequences scored in one forward pass; bounds the memory for logits."""
-    num_threads: int | None = Field(None, ge=1)
-    """CPU threads, for `engine.process = "own"` alone; None takes every core that the process may use."""
 
 
 class TransformersEngine:

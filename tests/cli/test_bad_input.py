@@ -71,6 +71,18 @@ def test_profile_with_unknown_engine(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("base", ["fake", "bf16-transformers", "nf4-transformers", "int4-onnx", "int4-vllm", "q4_0-llamacpp"])
+def test_wrong_engine_options_are_found_before_anything_is_made(tmp_path: Path, base: str) -> None:
+    text = f'name = "x"\ndescription = "x"\nextends = "{base}"\n[engine.options]\nspeed = 3\nmax_model_len = 0\n'
+    profile = write(tmp_path / "mine.toml", text)
+    for command in (("targets", "check", profile), ("train", "--target", profile)):
+        result = hetero_rl(*command, cwd=tmp_path)
+        assert result.returncode == (1 if command[0] == "targets" else 2), result.stderr
+        for fragment in ("engine.options: speed: unknown key", "max_model_len"):
+            assert fragment in " ".join((result.stdout + result.stderr).split())
+        assert list(tmp_path.iterdir()) == [profile]
+
+
 def test_missing_package_names_the_extra(tmp_path: Path) -> None:
     text = 'name = "x"\ndescription = "x"\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\n'
     text += '[hardware]\npackages = ["no_such_runtime"]\nextra = "onnx"\n'
