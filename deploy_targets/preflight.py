@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
-from deploy_targets.engines.onnx_options import needs_nvidia_gpu, options_problems
-from deploy_targets.engines.requests import parse_options
+from deploy_targets.device import needs_gpu, runs_on_gpu
+from deploy_targets.engines.onnx_options import missing_provider
+from deploy_targets.engines.options import options_problems
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
 from deploy_targets.families import family_offenders, is_expert
-from deploy_targets.hardware import describe_machine, find_gpus, gpu_memory_gib
+from deploy_targets.hardware import describe_machine, find_gpus, gpu_compute_capability, gpu_memory_gib
 from deploy_targets.memory import max_tokens, memory_offenders
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
@@ -38,8 +39,8 @@ Learners that take the head's product as the logits, and engines each in their o
 def check_target(profile: TargetProfile) -> list[str]:
     """Why the target cannot run on this machine, one line each; empty when it can.
 
-    Looks at names, packages and devices without importing an engine: importing some of them takes many seconds. ONNX Runtime alone
-    is asked for its execution providers where the target needs another one than the CPU's.
+    Looks at names, packages, devices and the options of shipped engines without importing an engine: importing some of them takes many
+    seconds. ONNX Runtime alone is asked for its execution providers where the target needs another one than the CPU's.
     """
     reasons = name_problems("engine", profile.engine.name) + name_problems("quantizer", profile.scheme.quantizer)
     missing = [package for package in profile.hardware.packages if not _is_installed(package)]
@@ -48,30 +49,38 @@ def check_target(profile: TargetProfile) -> list[str]:
         fix = f"; install it with: pip install 'hetero-rl[{extra}]'" if extra else ""
         reasons.append(f"package {', '.join(repr(package) for package in missing)} is not installed{fix}")
     options = profile.engine.options
-    asks_cuda = "cpu" not in profile.hardware.devices or str(options.get("device", "")).startswith("cuda") or needs_nvidia_gpu(options)
+    asks_cuda = needs_gpu(profile)
     if asks_cuda and not find_gpus():
         reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
     memory_gib, found_gib = profile.hardware.memory_gib, gpu_memory_gib()
     # A card sold as 24 GB shows a little less.
     if asks_cuda and memory_gib is not None and found_gib is not None and found_gib < 0.95 * memory_gib:
         reasons.append(f"it needs a GPU with {memory_gib:g} GiB, and the one here has {found_gib:.1f} GiB")
+    least, capability = profile.hardware.min_compute_capability, gpu_compute_capability()
+    if least is not None and capability is not None and capability < least and runs_on_gpu(profile):
+        reasons.append(f"its kernels need a GPU of compute capability {least:g} or more, and the one here has {capability:g}")
     missing_features = sorted(set(profile.hardware.cpu_features) - set(describe_machine().cpu_features))
     if missing_features and not find_gpus():
         reasons.append(f"its kernels need a CPU with {', '.join(missing_features)}, or a GPU; this machine has neither")
-    if profile.engine.name == "onnxruntime":
-        reasons += options_problems(options)
-    return reasons
+    wrong_options = options_problems(profile.engine.name, options)
+    if profile.engine.name == "onnxruntime" and not wrong_options:
+        reasons += missing_provider(options)
+    return reasons + wrong_options
 
 
-def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None) -> None:
+def preflight(
+    profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None, also: Sequence[str] = ()
+) -> None:
     """Check the model of `model_dir` against the target; reads the headers of its weights, never the data.
 
     `num_tokens` (the longest prompt + response) and `temperature` (0: greedy) are those of the run that is planned; None
-    leaves them unchecked. Raises `PreflightError` with everything at once, one line each: a machine that cannot run the target,
-    files that are missing or damaged, tensors that do not fit the scheme, a tokenizer beyond the vocabulary, logits that
-    learner and engine would compute differently, sequences or a temperature that the engine would refuse later.
+    leaves them unchecked. `also` are offenders that the caller found. Raises `PreflightError` with everything at once, one line
+    each: a machine that cannot run the target, files that are missing or damaged, tensors that do not fit the scheme, a tokenizer
+    beyond the vocabulary, logits that learner and engine would compute differently, sequences or a temperature that the engine
+    would refuse later.
     """
-    offenders = check_target(profile)
+    offenders = [*also, *check_target(profile)]
+    profile = _without_wrong_options(profile)
     shapes: dict[str, tuple[int, ...]] = {}
     config: dict[str, Any] = {}
     try:
@@ -93,7 +102,8 @@ def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None
         raise PreflightError(
             f"model {model_dir.name!r} and target {profile.name!r} (scheme {profile.scheme.name}) do not fit",
             list(dict.fromkeys(offenders)),
-            "Choose another target, list the layers under `ignore` in a profile of your own, or change the model",
+            "Choose another target (`hetero-rl targets check` shows what runs here), list the layers under `ignore` in a profile of "
+            "your own, or change the model",
         )
 
 
@@ -212,16 +222,19 @@ def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], tempera
             resolve("engine", profile.engine.name, extra_of(profile))
         except ListedError as error:
             return list(error.offenders)
-    if profile.engine.name != "vllm":
-        return []
-    try:
-        options = parse_options(VllmOptions, profile.engine.options, "vllm")
-    except ListedError as error:
-        return [f"engine.options: {offender}" for offender in error.offenders]
     vocab_size = config.get("vocab_size")
+    if profile.engine.name != "vllm" or not isinstance(vocab_size, int):
+        return []
     # Greedy tokens are scored at temperature 1.
-    problem = temperature_problem(options, temperature or 1.0, vocab_size) if isinstance(vocab_size, int) else None
+    problem = temperature_problem(VllmOptions.model_validate(profile.engine.options), temperature or 1.0, vocab_size)
     return [] if problem is None else [problem]
+
+
+def _without_wrong_options(profile: TargetProfile) -> TargetProfile:
+    """`profile` with those `[engine.options]` alone that validate: what follows calculates with them."""
+    engine = profile.engine
+    options = {key: value for key, value in engine.options.items() if not options_problems(engine.name, {key: value})}
+    return profile.model_copy(update={"engine": engine.model_copy(update={"options": options})})
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

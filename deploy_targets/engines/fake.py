@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
+from deploy_targets.engines.fake_options import FakeOptions
 from deploy_targets.engines.requests import (
-    EngineOptions,
     check_layout,
     check_sequences,
     parse_options,
@@ -37,17 +36,6 @@ from deploy_targets.weights_file import tensor_layout
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MEMORY_DECAY = 0.5
 _LOGIT_STD = 2.0
-
-
-class FakeOptions(EngineOptions):
-    """The `[engine.options]` of the fake engine: the faults it shows."""
-
-    nan_logps: float = Field(0.0, ge=0, le=1)
-    """Share of log-probs returned as NaN."""
-    stale: bool = False
-    """Report the new weight_version but keep the old weights."""
-    fail_updates: int = Field(0, ge=0)
-    """How many updates fail before one succeeds."""
 
 
 class FakeEngine:

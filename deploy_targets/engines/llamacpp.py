@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from deploy_targets.engines.draws import Draws, score_tokens
-from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
 from deploy_targets.engines.llamacpp_decode import ContextSlots, logits_of
-from deploy_targets.engines.requests import EngineOptions, check_sequences, compare_layouts, parse_options, read_limits, response_limits
+from deploy_targets.engines.llamacpp_options import LlamaCppOptions
+from deploy_targets.engines.requests import check_sequences, compare_layouts, parse_options, read_limits, response_limits
 from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import ArtifactError, EngineError
 from deploy_targets.gguf_file import GGUF_FILE, GgufHeader, read_gguf
@@ -28,31 +26,6 @@ _LOGITS_PER_PASS = 1 << 26
 """Logits of one pass, 256 MiB of float32."""
 _NAME_KEYS = ("general.name",)
 """Metadata that may differ between versions."""
-
-
-class LlamaCppOptions(EngineOptions):
-    """The `[engine.options]` table of a llama.cpp target."""
-
-    num_threads: int | None = Field(None, ge=1)
-    """Cores to use; all that this process may use by default."""
-    threads_per_batch: int = Field(1, ge=1)
-    """Cores that share one batch. More than one pays for large models, or for single requests."""
-    max_batch_size: int = Field(64, ge=1, le=256)
-    """Sequences of one batch; there are num_threads / threads_per_batch batches at a time, each with a cache for so many."""
-    max_batch_tokens: int = Field(1024, ge=32)
-    """Tokens of one prefill or scoring pass; large vocabularies lower it, so that its logits take at most 256 MiB."""
-    kv_cache_dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    """How keys and values are kept; llama.cpp's own default is f16."""
-    flash_attention: bool = False
-    """Attention as one operator: less memory, but on a CPU its sums over values are kept in f16 and long sequences are slower."""
-    num_gpu_layers: int = Field(0, ge=0)
-    """Layers that a build of llama.cpp with GPU support keeps on the GPU."""
-
-    @model_validator(mode="after")
-    def _quantized_values_need_flash_attention(self) -> Self:
-        if self.kv_cache_dtype == "q8_0" and not self.flash_attention:
-            raise ValueError("kv_cache_dtype 'q8_0' needs flash_attention = true: llama.cpp has no other attention over quantized values")
-        return self
 
 
 class LlamaCppEngine:
@@ -67,8 +40,7 @@ class LlamaCppEngine:
         embedding = self._header.tensors.get("token_embd.weight", ("", (0,), 0, 0))[1]
         if embedding[0] != self._vocab_size:
             raise ArtifactError(f"{GGUF_FILE} has {embedding[0]} token embeddings, config.json says vocab_size {self._vocab_size}")
-        num_threads = self.options.num_threads or num_usable_cores()
-        self._num_batches = max(1, num_threads // self.options.threads_per_batch)
+        self._num_batches = self.options.num_batches()
         self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="llamacpp-batch")
         self._model: Model | None = None
         self._contexts: list[Context] = []
@@ -80,27 +52,48 @@ class LlamaCppEngine:
             raise
 
     def update(self, weights: WeightFile) -> int:
-        """Serve another version: its file is opened, fresh caches are made, then the old ones are given back.
+        """Serve another version: its file is opened and checked, then the old caches give way to new ones: there is one set of them.
 
         Raises `EngineError` naming each tensor or entry of metadata in which the file differs from the model in service, or why
-        llama.cpp refuses it; the engine then still serves the old version.
+        llama.cpp refuses it; the engine then still serves the old version, with caches made anew if the old ones had given way.
+        Should these fail too, the engine is closed.
         """
         self._check_open()
         _check_same_model(self._header, weights.path)
         model = Model(weights.path, self.options.num_gpu_layers)
-        contexts: list[Context] = []
+        old = self._model
         try:
             if model.vocab_size != self._vocab_size:
                 raise EngineError(f"{weights.path}: llama.cpp reads {model.vocab_size} tokens, config.json says {self._vocab_size}")
-            for _ in range(self._num_batches):
-                contexts.append(Context(model, self._size()))
+            self._make_contexts(model)
         except BaseException:
-            _close(contexts, model)
+            if old is not None and len(self._contexts) < self._num_batches:
+                try:
+                    self._make_contexts(old)
+                except BaseException:
+                    self.close()
+                    model.close()
+                    raise
+            model.close()
             raise
-        _close(self._contexts, self._model)
-        self._model, self._contexts = model, contexts
+        if old is not None:
+            old.close()
+        self._model = model
         self.weight_version = weights.weight_version
         return self.weight_version
+
+    def _make_contexts(self, model: Model) -> None:
+        """Give back the contexts there are and make those of `model`; none is left when that fails."""
+        _close_all(self._contexts)
+        self._contexts = []
+        made: list[Context] = []
+        try:
+            for _ in range(self._num_batches):
+                made.append(Context(model, self._size()))
+        except BaseException:
+            _close_all(made)
+            raise
+        self._contexts = made
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Sample one response per prompt, in order; request i draws from the i-th stretch of one generator seeded by `seed`.
@@ -146,7 +139,9 @@ class LlamaCppEngine:
         if not self._closed:
             self._closed = True
             self._pool.shutdown()
-            _close(self._contexts, self._model)
+            _close_all(self._contexts)
+            if self._model is not None:
+                self._model.close()
             self._contexts, self._model = [], None
 
     def _size(self) -> ContextSize:
@@ -198,8 +193,6 @@ def _check_same_model(served: GgufHeader, path: Path) -> None:
         raise EngineError(f"{path} does not fit the model in service, nothing was changed: its metadata differ in {', '.join(keys)}")
 
 
-def _close(contexts: Sequence[Context], model: Model | None) -> None:
+def _close_all(contexts: Sequence[Context]) -> None:
     for context in contexts:
         context.close()
-    if model is not None:
-        model.close()

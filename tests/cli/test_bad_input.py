@@ -71,11 +71,32 @@ def test_profile_with_unknown_engine(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("base", ["fake", "bf16-transformers", "nf4-transformers", "int4-onnx", "int4-vllm", "q4_0-llamacpp"])
+def test_wrong_engine_options_are_found_before_anything_is_made(tmp_path: Path, base: str) -> None:
+    text = f'name = "x"\ndescription = "x"\nextends = "{base}"\n[engine.options]\nspeed = 3\nmax_model_len = 0\n'
+    profile = write(tmp_path / "mine.toml", text)
+    for command in (("targets", "check", profile), ("train", "--target", profile)):
+        result = hetero_rl(*command, cwd=tmp_path)
+        assert result.returncode == (1 if command[0] == "targets" else 2), result.stderr
+        for fragment in ("engine.options: speed: unknown key", "max_model_len"):
+            assert fragment in " ".join((result.stdout + result.stderr).split())
+        assert list(tmp_path.iterdir()) == [profile]
+
+
 def test_missing_package_names_the_extra(tmp_path: Path) -> None:
     text = 'name = "x"\ndescription = "x"\n[engine]\nname = "fake"\n[scheme]\nquantizer = "none"\n'
     text += '[hardware]\npackages = ["no_such_runtime"]\nextra = "onnx"\n'
     result = hetero_rl("train", "--target", write(tmp_path / "mine.toml", text), cwd=tmp_path)
     fails(result, 2, "no_such_runtime", "hetero-rl[onnx]")
+
+
+def test_offenders_of_every_kind_are_one_error(tmp_path: Path, tiny_models: TinyModels) -> None:
+    text = 'name = "x"\ndescription = "x"\nextends = "int4-onnx"\n[engine.options]\nspeed = 3\n'
+    profile = write(tmp_path / "mine.toml", text + '[hardware]\npackages = ["no_such_runtime"]\n')
+    model = tiny_models("qwen3", hidden_size=112, intermediate_size=208, head_dim=28)
+    settings = with_settings(f"model.path={model}", "loop.max_response_tokens=5000")
+    result = hetero_rl("train", "--target", profile, *settings, cwd=tmp_path)
+    fails(result, 2, "no_such_runtime", "speed: unknown key", "model.layers.0.self_attn.q_proj.weight", "5001 tokens")
 
 
 @pytest.mark.parametrize("target", ["int4-onnx", "int4-vllm"])

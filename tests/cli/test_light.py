@@ -11,7 +11,8 @@ import pytest
 
 from tests.command_line import hetero_rl
 
-HEAVY = ("torch", "transformers", "deepspeed", "vllm", "onnxruntime", "datasets", "matplotlib", "pandas")
+HEAVY = ("torch", "transformers", "deepspeed", "vllm", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "pandas")
+HEAVY_TO_VERIFY = ("torch", "transformers", "deepspeed", "vllm", "llama_cpp")
 HELP_CPU_S = 0.4
 
 
@@ -28,7 +29,7 @@ def test_verify_needs_no_torch() -> None:
     """What the serving box imports to check and to measure an ONNX artifact."""
     modules = ("verify", "report", "preflight", "engines.onnxruntime")
     names = ", ".join(f"deploy_targets.{module}" for module in modules)
-    code = f"import sys, {names}, hetero_rl.tasks.rewards; print([name for name in {HEAVY[:4]!r} if name in sys.modules])"
+    code = f"import sys, {names}, hetero_rl.tasks.rewards; print([name for name in {HEAVY_TO_VERIFY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

