@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 256
-"""Tokens whose probabilities are summed as one; a cumulative sum over a whole vocabulary takes longer than all else about a draw."""
+_BLOCK, _MANY = 256, 1024
+"""Of vocabularies with more than `_MANY` tokens, blocks are summed as one, and only the one that is drawn from token by token:
+a cumulative sum over a whole large vocabulary takes longer than all else about a draw."""
 
 
 @dataclass(slots=True)
@@ -38,27 +39,32 @@ def pick_tokens(
         if temperature not in (0, 1):
             logits /= temperature
         weights = np.exp(logits)
-        block_ends = np.cumsum(np.add.reduceat(weights, np.arange(0, logits.shape[1], _BLOCK), axis=1, dtype=np.float64), axis=1)
-        totals = block_ends[:, -1].copy()
-        tokens = logits.argmax(axis=1) if temperature == 0 else _drawn(weights, block_ends, uniforms * totals)
+        if logits.shape[1] <= _MANY:
+            ends = np.cumsum(weights, axis=1, dtype=np.float64)
+        else:
+            ends = np.cumsum(np.add.reduceat(weights, np.arange(0, logits.shape[1], _BLOCK), axis=1, dtype=np.float64), axis=1)
+        totals = ends[:, -1].copy()
+        if temperature == 0:
+            tokens = logits.argmax(axis=1)
+        else:
+            tokens = _passed(ends, uniforms * totals)
+            if logits.shape[1] > _MANY:
+                tokens = _within(weights, tokens, uniforms * totals - np.where(tokens > 0, ends[rows, tokens - 1], 0.0))
         return tokens, (logits[rows, tokens] - np.log(totals)).astype(np.float32)
 
 
-def _drawn(weights: NDArray[np.float32], block_ends: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Where the cumulative sum of each row of `weights` passes its point: first the block, then the place within that block alone.
+def _passed(ends: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Where each row of the cumulative sums `ends` passes its point; points at or beyond the last sum count as just below it."""
+    below_total = np.minimum(points, np.nextafter(ends[:, -1], 0.0))
+    return np.asarray((ends > below_total[:, None]).argmax(axis=1))
 
-    `block_ends` [n, num_blocks]: the sum up to the end of each block, overwritten.
-    """
-    rows, num_columns = np.arange(len(weights)), weights.shape[1]
-    block_ends[:, -1] = np.inf  # a point may be rounded up to the total
-    block = (block_ends > points[:, None]).argmax(axis=1)
-    points = points - np.where(block > 0, block_ends[rows, block - 1], 0.0)
-    columns = block[:, None] * _BLOCK + np.arange(_BLOCK)
-    inside = np.where(columns < num_columns, weights[rows[:, None], np.minimum(columns, num_columns - 1)], 0.0)
-    ends = np.cumsum(inside, axis=1, dtype=np.float64)
-    # Below the sum of the block, so that what is drawn has a weight.
-    points = np.minimum(points, np.nextafter(ends[:, -1], 0.0))
-    return np.asarray(columns[rows, (ends > points[:, None]).argmax(axis=1)])
+
+def _within(weights: NDArray[np.float32], blocks: NDArray[np.int64], points: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The column within the block of each row where the sum from the block's beginning passes the point."""
+    num_columns = weights.shape[1]
+    columns = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
+    inside = np.where(columns < num_columns, weights[np.arange(len(weights))[:, None], np.minimum(columns, num_columns - 1)], 0.0)
+    return blocks * _BLOCK + _passed(np.cumsum(inside, axis=1, dtype=np.float64), points)
 
 
 def score_tokens(logits: NDArray[np.float32], tokens: Sequence[int], temperature: float) -> tuple[NDArray[np.float32], NDArray[np.int32]]:

@@ -19,6 +19,7 @@ from tests.conftest import TinyModels
 
 SHORT = with_settings(*SHORT_RUN)
 FAKE = ("train", "--target", "fake", *SHORT)
+"""For what goes wrong before a step: the fake engine serves no model, and so no proof holds."""
 
 
 LEAVES_A_RUN = ("reward_function", "ctrl_c", "run_folder_that_holds_a_run")
@@ -204,7 +205,7 @@ def test_run_whose_reward_function_failed_at_once_resumes_when_it_is_mended(tmp_
     judge = write(tmp_path / "my_rewards.py", "def judge(completions, **columns):\n    raise KeyError('oh no')\n")
     settings = with_settings(*SHORT_RUN, "task.type=dataset", f"task.path={dataset(tmp_path, ROWS)}", "task.reward=my_rewards:judge")
     run, path = tmp_path / "run", {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    fails(hetero_rl("train", "--target", "fake", *settings, "--run-dir", run, cwd=tmp_path, **path), 1, "oh no")
+    fails(hetero_rl("train", *settings, "--run-dir", run, cwd=tmp_path, **path), 1, "oh no")
     assert not (run / "artifact").exists()
     assert not list(run.rglob("*.partial"))
     write(judge, "def judge(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
@@ -215,7 +216,7 @@ def test_run_whose_reward_function_failed_at_once_resumes_when_it_is_mended(tmp_
 
 def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
     """Nothing is learned yet; the run folder can be resumed."""
-    command = [sys.executable, "-m", "hetero_rl", *FAKE, "--run-dir", "run"]
+    command = [sys.executable, "-m", "hetero_rl", "train", *SHORT, "--run-dir", "run"]
     with subprocess.Popen(
         command,
         cwd=tmp_path,

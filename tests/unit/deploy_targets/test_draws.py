@@ -8,7 +8,7 @@ import pytest
 from deploy_targets.engines.draws import pick_tokens
 
 
-@pytest.mark.parametrize("vocab_size", [1, 5, 255, 256, 257, 1000])
+@pytest.mark.parametrize("vocab_size", [1, 5, 1024, 1025, 1280, 3000])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_against_a_search_in_the_whole_distribution(vocab_size: int, temperature: float) -> None:
     generator = np.random.default_rng(vocab_size)
@@ -23,20 +23,21 @@ def test_against_a_search_in_the_whole_distribution(vocab_size: int, temperature
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(1.0, 0.0)])
-def test_what_is_drawn_can_be_drawn(uniform: float) -> None:
+@pytest.mark.parametrize("num_tokens", [700, 1700])
+def test_what_is_drawn_can_be_drawn(uniform: float, num_tokens: int) -> None:
     """Tokens of probability 0 are never drawn, wherever they stand and however the sums are rounded."""
     generator = np.random.default_rng(0)
-    logits = np.where(generator.random((200, 700)) < 0.9, -np.inf, generator.normal(0, 5, (200, 700))).astype(np.float32)
+    logits = np.where(generator.random((200, num_tokens)) < 0.9, -np.inf, generator.normal(0, 5, (200, num_tokens))).astype(np.float32)
     _, logps = pick_tokens(logits, 1.0, np.full(200, uniform))
     assert np.isfinite(logps).all()
 
 
 def test_frequencies() -> None:
-    logits = np.zeros((1, 600), np.float32)
-    logits[0, [3, 300, 599]] = np.log([50.0, 100.0, 200.0])
+    logits = np.zeros((1, 1600), np.float32)
+    logits[0, [3, 300, 1599]] = np.log([500.0, 1000.0, 2000.0])
     probabilities = np.exp(logits[0]) / np.exp(logits[0]).sum()
     tokens, _ = pick_tokens(np.repeat(logits, 20_000, axis=0), 1.0, np.random.default_rng(0).random(20_000))
-    found = np.bincount(tokens, minlength=600) / 20_000
+    found = np.bincount(tokens, minlength=1600) / 20_000
     assert np.abs(found - probabilities).max() < 0.01
 
 
