@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deploy_targets.device import runs_on_gpu
 from deploy_targets.hardware import describe_machine, gpu_memory_gib
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Quantizer
@@ -50,11 +51,12 @@ def memory_offenders(
 ) -> list[str]:
     """Why the model does not fit: one line, with the sum. Empty when it does.
 
-    The memory is `hardware.memory_gib` of the profile; without one it is that of this machine's GPU or, if there is none, its own.
+    The memory is `hardware.memory_gib` of the profile; without one it is that of this machine's GPU where the target runs on it, else
+    its own.
     """
     need = memory_need(profile, quantizer, config, shapes)
     options = profile.engine.options
-    on_gpu = "cpu" not in profile.hardware.devices or gpu_memory_gib() is not None
+    on_gpu = runs_on_gpu(profile)
     found = gpu_memory_gib() if on_gpu else describe_machine().memory_gib
     whole = profile.hardware.memory_gib or found
     if whole is None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
-from deploy_targets.engines.onnx_options import missing_provider, needs_nvidia_gpu
+from deploy_targets.device import needs_gpu
+from deploy_targets.engines.onnx_options import missing_provider
 from deploy_targets.engines.options import options_problems
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
@@ -48,7 +49,7 @@ def check_target(profile: TargetProfile) -> list[str]:
         fix = f"; install it with: pip install 'hetero-rl[{extra}]'" if extra else ""
         reasons.append(f"package {', '.join(repr(package) for package in missing)} is not installed{fix}")
     options = profile.engine.options
-    asks_cuda = "cpu" not in profile.hardware.devices or str(options.get("device", "")).startswith("cuda") or needs_nvidia_gpu(options)
+    asks_cuda = needs_gpu(profile)
     if asks_cuda and not find_gpus():
         reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
     memory_gib, found_gib = profile.hardware.memory_gib, gpu_memory_gib()

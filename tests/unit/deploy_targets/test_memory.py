@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from deploy_targets import memory
 from deploy_targets.catalog import resolve
+from deploy_targets.device import runs_on_gpu
+from deploy_targets.hardware import describe_machine
 from deploy_targets.memory import memory_need, memory_offenders
 from deploy_targets.profile import HardwareSpec, TargetProfile, load_profile
 
+NvidiaSmi = Callable[..., None]
 CONFIG = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 SHAPES = {"model.embed_tokens.weight": (131072, 4096), "model.layers.0.mlp.up_proj.weight": (2**20, 4096)}
 GIB = 2**30
@@ -58,3 +66,68 @@ def test_the_model_may_be_what_limits_the_cache(positions: int) -> None:
     profile = load_profile("int4-vllm-24gb")
     need = memory_need(profile, quantizer(profile), {**CONFIG, "max_position_embeddings": positions}, SHAPES)
     assert need.kv_gib == min(positions, 8192) * 2 * 32 * 8 * 128 * 2 / GIB
+
+
+SMALL_GPU = "NVIDIA GeForce RTX 4060, 8188 MiB"
+
+
+def memory_of(text: str) -> str:
+    """What a line says the target has."""
+    return text.partition("the target has ")[2].partition(" GiB")[0]
+
+
+@pytest.mark.parametrize("name", ["int4-onnx", "fp32-onnx", "q4_k_m-llamacpp"])
+def test_a_target_that_runs_on_the_cpu_is_held_against_the_machines_memory(
+    name: str, nvidia_smi: NvidiaSmi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 56 GiB and more: too many for the GPU, which is not asked, and a matter of the other memory alone."""
+    nvidia_smi(SMALL_GPU)
+    profile = load_profile(name)
+    shapes = {"model.layers.0.mlp.up_proj.weight": (2**20, 28672)}
+
+    def lines(memory_gib: float) -> list[str]:
+        machine = replace(describe_machine(), memory_gib=memory_gib)
+        monkeypatch.setattr(memory, "describe_machine", lambda: machine)
+        return memory_offenders(profile, WholeQuantizer(), CONFIG, shapes)  # type: ignore[arg-type]
+
+    assert lines(2000) == []
+    (line,) = lines(16)
+    assert memory_of(line) == "16.0"
+    assert "for the rest" not in line
+
+
+class WholeQuantizer:
+    """Quantizes nothing."""
+
+    def quantizes(self, name: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "on_gpu"),
+    [
+        ("int4-vllm", {}, True),
+        ("bf16-transformers", {}, True),
+        ("bf16-transformers", {"device": "cuda:0"}, True),
+        ("bf16-transformers", {"device": "cpu"}, False),
+        ("int4-onnx-cuda", {}, True),
+        ("int4-onnx", {}, False),
+        ("q4_k_m-llamacpp", {}, False),
+        ("q4_k_m-llamacpp", {"num_gpu_layers": 99}, False),
+        ("fake", {}, False),
+    ],
+)
+def test_where_a_target_runs_on_a_machine_with_a_gpu(name: str, options: dict[str, Any], on_gpu: bool, nvidia_smi: NvidiaSmi) -> None:
+    nvidia_smi(SMALL_GPU)
+    profile = load_profile(name)
+    engine = profile.engine.model_copy(update={"options": {**profile.engine.options, **options}})
+    assert runs_on_gpu(profile.model_copy(update={"engine": engine})) == on_gpu
+
+
+def test_layers_on_the_gpu_count_where_the_profile_has_the_device(nvidia_smi: NvidiaSmi) -> None:
+    nvidia_smi(SMALL_GPU)
+    profile = load_profile("q4_k_m-llamacpp")
+    hardware = profile.hardware.model_copy(update={"devices": ("cpu", "cuda")})
+    for num_layers in (0, 99):
+        engine = profile.engine.model_copy(update={"options": {"num_gpu_layers": num_layers}})
+        assert runs_on_gpu(profile.model_copy(update={"engine": engine, "hardware": hardware})) == bool(num_layers)

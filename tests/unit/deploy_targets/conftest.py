@@ -1,0 +1,25 @@
+"""A machine with GPUs, wherever the tests run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NvidiaSmi = Callable[..., None]
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> NvidiaSmi:
+    """`nvidia_smi("NVIDIA L4, 23034 MiB")`: puts a tool of that name in front, which prints these lines."""
+
+    def install(*lines: str, exit_code: int = 0) -> None:
+        folder = tmp_path_factory.mktemp("bin")
+        tool = folder / "nvidia-smi"
+        tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {exit_code}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    return install
