@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from deploy_targets.engines.requests import (
     response_limits,
 )
 from deploy_targets.engines.transformers_options import TransformersOptions
-from deploy_targets.errors import EngineError
+from deploy_targets.errors import DeployTargetsError, EngineError
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
@@ -42,7 +43,8 @@ class TransformersEngine:
         self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
         self.weight_version = weight_version
         device = self._options.device
-        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        with _failures(f"find the device {device!r}"):
+            self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = getattr(torch, self._options.dtype)
         has_quantized_layers = _quantized_by(artifact_dir) == _BITSANDBYTES
         placing: dict[str, Any] = {}
@@ -84,22 +86,39 @@ class TransformersEngine:
         return {name: state[name] for name in self._layout if self._quantized is None or not self._quantized.owns(name)}
 
     def update(self, weights: WeightFile) -> int:
-        """Copy the file into the model's parameters, and into new ones for quantized layers; everything is checked before."""
+        """Copy the file into the model's parameters, and into new ones for quantized layers; everything is checked before.
+
+        Raises `EngineError` for a file that does not fit or cannot be read, which changes nothing; for a device that fails halfway, after
+        which the engine is closed, since it would serve a mix of two versions.
+        """
         self._open_model()
         check_layout(self._layout, weights.path)
-        tensors = load_file(weights.path)
-        install = None if self._quantized is None else self._quantized.prepare(tensors)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
-        if install is not None:
-            install()
+        with _failures(f"read {weights.path}, nothing was changed"):
+            tensors = load_file(weights.path)
+            install = None if self._quantized is None else self._quantized.prepare(tensors)
+        try:
+            with _failures(f"take over {weights.path} and was shut down"), torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(tensors[name])
+                if install is not None:
+                    install()
+        except EngineError:
+            self.close()
+            raise
         self.weight_version = weights.weight_version
         return self.weight_version
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
-        """Sample all prompts in one batch, from one generator made of the seed; equal prompts are computed once."""
+        """Sample all prompts in one batch, from one generator made of the seed; equal prompts are computed once.
+
+        Where the logits of a row are not finite its token is an arbitrary one, with a NaN log-prob; the other rows are as without it.
+        Raises `EngineError` with what PyTorch says when it fails, for lack of memory for instance.
+        """
+        with _failures("generate"):
+            return self._generate(prompts, sampling)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         model = self._open_model()
         if not prompts:
             return []
@@ -130,10 +149,7 @@ class TransformersEngine:
         stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
         for step in range(max(allowed)):
             log_probs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
-            if sampling.temperature == 0:
-                chosen = log_probs.argmax(dim=-1, keepdim=True)
-            else:
-                chosen = torch.multinomial(log_probs.exp(), 1, generator=generator)
+            chosen = _drawn(log_probs, None if sampling.temperature == 0 else generator)
             sampled[alive, step] = chosen[:, 0]
             logps[alive, step] = log_probs.gather(1, chosen)[:, 0]
             hit_stop = torch.isin(chosen[:, 0], stops)
@@ -164,7 +180,14 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
-        """Teacher forcing, padded on the right (causal attention never sees the padding), a few sequences at a time."""
+        """Teacher forcing, padded on the right (causal attention never sees the padding), a few sequences at a time.
+
+        Log-probs are NaN where the logits are not finite. Raises `EngineError` with what PyTorch says when it fails.
+        """
+        with _failures("score"):
+            return self._score(sequences, temperature)
+
+    def _score(self, sequences: Sequence[TokenSequence], temperature: float) -> list[TokenScores]:
         model = self._open_model()
         check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
         scores = []
@@ -199,6 +222,31 @@ class TransformersEngine:
         self._model = self._quantized = None
         self._parameters = {}
         gc.collect()
+
+
+def _drawn(log_probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """One token a row [num_rows, 1]: drawn with `generator`, or the most probable one without.
+
+    A row that log_softmax could not give, which is NaN as a whole, gets the token that argmax names: torch.multinomial would end the call
+    for every row, and on CUDA the process's use of the device.
+    """
+    most_probable = log_probs.argmax(dim=-1, keepdim=True)
+    if generator is None:
+        return most_probable
+    lost = log_probs.isnan().any(dim=-1, keepdim=True)
+    drawn = torch.multinomial(log_probs.exp().masked_fill(lost, 1.0), 1, generator=generator)
+    return torch.where(lost, most_probable, drawn)
+
+
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Whatever is raised within becomes an `EngineError` saying that transformers cannot do `what`; errors of ours stay what they are."""
+    try:
+        yield
+    except DeployTargetsError:
+        raise
+    except Exception as error:  # PyTorch, safetensors and CUDA share no base class below Exception
+        raise EngineError(f"transformers {transformers.__version__} cannot {what}: {type(error).__name__}: {error}") from error
 
 
 def _quantized_by(artifact_dir: Path) -> str | None:
