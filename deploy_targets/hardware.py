@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -38,19 +39,47 @@ def describe_machine() -> Machine:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    """One line of nvidia-smi; what it does not say is empty or None."""
+
+    name: str
+    memory: str = ""
+    compute_capability: float | None = None
+
+
 def find_gpus() -> tuple[str, ...]:
     """Name and memory of every NVIDIA GPU by `nvidia-smi`, else the names the driver gives; empty without. Needs no CUDA library."""
-    lines = _output_lines("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    if not lines:  # containers may have the driver without its tools
-        files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-        lines = [line.partition(":")[2] for file in files for line in file.read_text("utf-8").splitlines() if line.startswith("Model:")]
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(f"{gpu.name}, {gpu.memory}" if gpu.memory else gpu.name for gpu in _gpus())
 
 
 def gpu_memory_gib() -> float | None:
     """Memory of the smallest GPU in GiB; None without a GPU, or where only its name is known."""
-    sizes = [float(match[1]) / 1024 for gpu in find_gpus() if (match := re.search(r"(\d+) MiB", gpu))]
+    sizes = [float(match[1]) / 1024 for gpu in _gpus() if (match := re.fullmatch(r"(\d+) MiB", gpu.memory))]
     return min(sizes, default=None)
+
+
+def gpu_compute_capability() -> float | None:
+    """Compute capability of the oldest GPU, e.g. 8.9; None without a GPU, or where the driver's tools do not say it."""
+    return min((gpu.compute_capability for gpu in _gpus() if gpu.compute_capability is not None), default=None)
+
+
+def _gpus() -> tuple[_Gpu, ...]:
+    # Tools of drivers before 510 refuse a query that asks for compute_cap.
+    lines = _nvidia_smi("name,memory.total,compute_cap") or _nvidia_smi("name,memory.total")
+    if not lines:  # containers may have the driver without its tools
+        files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+        lines = [line.partition(":")[2] for file in files for line in file.read_text("utf-8").splitlines() if line.startswith("Model:")]
+    return tuple(_gpu_of(line) for line in lines if line.strip())
+
+
+def _nvidia_smi(columns: str) -> list[str]:
+    return _output_lines("nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader")
+
+
+def _gpu_of(line: str) -> _Gpu:
+    name, memory, capability = (*(part.strip() for part in line.split(",")), "", "")[:3]
+    return _Gpu(name, memory, float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None)
 
 
 def package_versions(names: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:

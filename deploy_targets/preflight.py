@@ -10,13 +10,13 @@ from typing import Any
 
 from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
-from deploy_targets.device import needs_gpu
+from deploy_targets.device import needs_gpu, runs_on_gpu
 from deploy_targets.engines.onnx_options import missing_provider
 from deploy_targets.engines.options import options_problems
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
 from deploy_targets.families import family_offenders, is_expert
-from deploy_targets.hardware import describe_machine, find_gpus, gpu_memory_gib
+from deploy_targets.hardware import describe_machine, find_gpus, gpu_compute_capability, gpu_memory_gib
 from deploy_targets.memory import max_tokens, memory_offenders
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import WEIGHTS_FILE
@@ -56,6 +56,9 @@ def check_target(profile: TargetProfile) -> list[str]:
     # A card sold as 24 GB shows a little less.
     if asks_cuda and memory_gib is not None and found_gib is not None and found_gib < 0.95 * memory_gib:
         reasons.append(f"it needs a GPU with {memory_gib:g} GiB, and the one here has {found_gib:.1f} GiB")
+    least, capability = profile.hardware.min_compute_capability, gpu_compute_capability()
+    if least is not None and capability is not None and capability < least and runs_on_gpu(profile):
+        reasons.append(f"its kernels need a GPU of compute capability {least:g} or more, and the one here has {capability:g}")
     missing_features = sorted(set(profile.hardware.cpu_features) - set(describe_machine().cpu_features))
     if missing_features and not find_gpus():
         reasons.append(f"its kernels need a CPU with {', '.join(missing_features)}, or a GPU; this machine has neither")

@@ -97,6 +97,8 @@ class HardwareSpec(_Table):
     """Memory of the device in GiB, which preflight holds the model against; None: that of the machine at hand."""
     cpu_features: tuple[str, ...] = ()
     """Instruction sets that its kernels need on a CPU, as Linux names them; without meaning on a GPU."""
+    min_compute_capability: float | None = Field(None, gt=0)
+    """Compute capability that its kernels need of a GPU, as NVIDIA numbers it (8.9 is Ada, 9.0 Hopper); without meaning on a CPU."""
     packages: tuple[str, ...] = ()
     """Importable packages that must be present."""
     extra: str = ""

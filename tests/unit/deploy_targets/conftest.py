@@ -13,12 +13,15 @@ NvidiaSmi = Callable[..., None]
 
 @pytest.fixture
 def nvidia_smi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> NvidiaSmi:
-    """`nvidia_smi("NVIDIA L4, 23034 MiB")`: puts a tool of that name in front, which prints these lines."""
+    """`nvidia_smi("NVIDIA L4, 23034 MiB, 8.9")`: puts a tool of that name in front, which prints these lines.
 
-    def install(*lines: str, exit_code: int = 0) -> None:
+    `before` is shell code that it runs first.
+    """
+
+    def install(*lines: str, before: str = "", exit_code: int = 0) -> None:
         folder = tmp_path_factory.mktemp("bin")
         tool = folder / "nvidia-smi"
-        tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {exit_code}\n")
+        tool.write_text(f"#!/bin/sh\n{before}\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {exit_code}\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 

