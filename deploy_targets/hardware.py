@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,10 +47,14 @@ class _Gpu:
     name: str
     memory: str = ""
     compute_capability: float | None = None
+    uuid: str = ""
 
 
 def find_gpus() -> tuple[str, ...]:
-    """Name and memory of every NVIDIA GPU by `nvidia-smi`, else the names the driver gives; empty without. Needs no CUDA library."""
+    """Name and memory of every NVIDIA GPU by `nvidia-smi`, else the names the driver gives; empty without. Needs no CUDA library.
+
+    GPUs that CUDA_VISIBLE_DEVICES hides are left out. The tool is run once in a process.
+    """
     return tuple(f"{gpu.name}, {gpu.memory}" if gpu.memory else gpu.name for gpu in _gpus())
 
 
@@ -65,8 +70,35 @@ def gpu_compute_capability() -> float | None:
 
 
 def _gpus() -> tuple[_Gpu, ...]:
+    return _visible(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _visible(gpus: tuple[_Gpu, ...], devices: str | None) -> tuple[_Gpu, ...]:
+    """Those of `gpus` that `devices`, the value of CUDA_VISIBLE_DEVICES, leaves visible; all of them for None.
+
+    It lists places or beginnings of UUIDs, and ends for CUDA at the first that names no GPU, such as -1
+    (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-environment-variables). Places are those of nvidia-smi, which are CUDA's
+    where CUDA_DEVICE_ORDER is PCI_BUS_ID or all cards are of one kind.
+    """
+    if devices is None:
+        return gpus
+    found: list[_Gpu] = []
+    for name in (part.strip() for part in devices.split(",")):
+        if name.isdecimal():
+            matches = gpus[int(name) : int(name) + 1]
+        else:
+            # A part of a card ("MIG-...") has a UUID that the list of cards does not hold.
+            matches = tuple(gpu for gpu in gpus if name.startswith("MIG-") or (name and gpu.uuid.startswith(name)))[:1]
+        if not matches:
+            break
+        found += matches
+    return tuple(found)
+
+
+@cache
+def _installed_gpus() -> tuple[_Gpu, ...]:
     # Tools of drivers before 510 refuse a query that asks for compute_cap.
-    lines = _nvidia_smi("name,memory.total,compute_cap") or _nvidia_smi("name,memory.total")
+    lines = _nvidia_smi("name,memory.total,compute_cap,uuid") or _nvidia_smi("name,memory.total")
     if not lines:  # containers may have the driver without its tools
         files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
         lines = [line.partition(":")[2] for file in files for line in file.read_text("utf-8").splitlines() if line.startswith("Model:")]
@@ -78,8 +110,8 @@ def _nvidia_smi(columns: str) -> list[str]:
 
 
 def _gpu_of(line: str) -> _Gpu:
-    name, memory, capability = (*(part.strip() for part in line.split(",")), "", "")[:3]
-    return _Gpu(name, memory, float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None)
+    name, memory, capability, uuid = (*(part.strip() for part in line.split(",")), "", "", "")[:4]
+    return _Gpu(name, memory, float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None, uuid)
 
 
 def package_versions(names: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:

@@ -51,7 +51,7 @@ def check_target(profile: TargetProfile) -> list[str]:
     options = profile.engine.options
     asks_cuda = needs_gpu(profile)
     if asks_cuda and not find_gpus():
-        reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none)")
+        reasons.append("it needs a CUDA GPU, and none is found here (nvidia-smi lists none, or CUDA_VISIBLE_DEVICES hides it)")
     memory_gib, found_gib = profile.hardware.memory_gib, gpu_memory_gib()
     # A card sold as 24 GB shows a little less.
     if asks_cuda and memory_gib is not None and found_gib is not None and found_gib < 0.95 * memory_gib:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
-NvidiaSmi = Callable[..., None]
+from deploy_targets import hardware
 
 
 @pytest.fixture
-def nvidia_smi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> NvidiaSmi:
+def nvidia_smi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`nvidia_smi("NVIDIA L4, 23034 MiB, 8.9")`: puts a tool of that name in front, which prints these lines.
 
     `before` is shell code that it runs first.
@@ -24,5 +23,8 @@ def nvidia_smi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
         tool.write_text(f"#!/bin/sh\n{before}\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {exit_code}\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+        hardware._installed_gpus.cache_clear()
 
-    return install
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield install
+    hardware._installed_gpus.cache_clear()

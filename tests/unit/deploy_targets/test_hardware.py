@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from deploy_targets.hardware import CPU_FEATURES, describe_machine, find_gpus, gpu_compute_capability, gpu_memory_gib, package_versions
+from deploy_targets.preflight import check_target
+from deploy_targets.profile import shipped_profiles
 
 NvidiaSmi = Callable[..., None]
 
@@ -36,6 +38,32 @@ def test_gpus_are_those_nvidia_smi_lists(nvidia_smi: NvidiaSmi) -> None:
     assert gpu_compute_capability() == 8.9
     nvidia_smi("NVIDIA B200, 183359 MiB, 10.0")
     assert gpu_compute_capability() == 10
+
+
+FOUR = tuple(f"NVIDIA {name}, {size} MiB, 9.0, GPU-{name}" for name, size in (("A", 1024), ("B", 2048), ("C", 4096), ("D", 8192)))
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible"),
+    [
+        ("", ""), ("-1", ""), ("0", "A"), ("2,1", "CB"), (" 3 , 0", "DA"), ("0,-1,2", "A"), ("1,7,2", "B"), ("GPU-C", "C"),
+        ("GPU-D,GPU-B", "DB"), ("GPU-X,0", ""), ("NoDevFiles", ""), ("MIG-1234", "A"),
+    ],
+)  # fmt: skip
+def test_hidden_gpus_are_not_there(devices: str, visible: str, nvidia_smi: NvidiaSmi, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(*FOUR)
+    assert len(find_gpus()) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    assert [gpu.split(",")[0][-1] for gpu in find_gpus()] == list(visible)
+    assert gpu_memory_gib() == min((2.0 ** "ABCD".index(name) for name in visible), default=None)
+
+
+def test_the_tool_is_run_once(nvidia_smi: NvidiaSmi, tmp_path: Path) -> None:
+    nvidia_smi("NVIDIA L4, 23034 MiB, 8.9", before=f"echo run >> {tmp_path / 'runs'}")
+    for _ in range(2):
+        for profile in shipped_profiles().values():
+            check_target(profile)
+    assert (tmp_path / "runs").read_text().split() == ["run"]
 
 
 def test_a_tool_that_does_not_know_compute_capabilities_is_asked_without(nvidia_smi: NvidiaSmi) -> None:
