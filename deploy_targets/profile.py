@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from importlib import resources
@@ -126,6 +127,26 @@ class GateSpec(_Table):
     """Task accuracy recorded at export minus the one measured here, upper bound."""
     accuracy_drop_fail: float = 0.08
     """See `accuracy_drop_warn`."""
+
+    @field_validator("*")
+    @classmethod
+    def _nan_is_no_bound(cls, bound: float) -> float:
+        # Every comparison with NaN is false: the gate would pass whatever is measured. Infinity is how to switch one off.
+        if math.isnan(bound):
+            raise ValueError("nan is no bound; give a number, or inf (-inf for a lower bound) for a gate that never fails")
+        return bound
+
+    @model_validator(mode="after")
+    def _fail_lies_beyond_warn(self) -> GateSpec:
+        wrong = []
+        for gate in ("gap_mean", "kl_k3", "greedy_agreement", "accuracy_drop"):
+            warn, fail = getattr(self, f"{gate}_warn"), getattr(self, f"{gate}_fail")
+            lower = gate == "greedy_agreement"
+            if fail > warn if lower else fail < warn:
+                wrong.append(f"{gate}_fail = {fail:g} must be {'at most' if lower else 'at least'} {gate}_warn = {warn:g}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
 
 class TargetProfile(_Table):

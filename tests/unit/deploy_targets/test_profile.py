@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy_targets.errors import ProfileError, UnknownNameError
-from deploy_targets.profile import load_profile, parse_profile, profile_text, shipped_profiles
+from deploy_targets.profile import GateSpec, load_profile, parse_profile, profile_text, shipped_profiles
 
 
 def with_threads(name: str, process: str) -> str:
@@ -61,6 +61,34 @@ def test_a_file_must_not_pass_for_a_shipped_target(tmp_path: Path) -> None:
     path.write_text(profile_text("int4-vllm").replace("group_size = 32", "group_size = 64"), "utf-8")
     with pytest.raises(ProfileError, match="'int4-vllm' is taken"):
         load_profile(str(path))
+
+
+def with_gates(*lines: str) -> str:
+    return "\n".join(['extends = "int4-vllm"', 'name = "mine"', 'description = "mine"', "[gates]", *lines])
+
+
+@pytest.mark.parametrize("bound", GateSpec.model_fields)
+def test_a_gate_that_could_not_fail_is_refused(bound: str) -> None:
+    """Comparisons with NaN are false, so that every measurement would pass."""
+    with pytest.raises(ProfileError, match=f"gates.{bound}: .*nan is no bound"):
+        parse_profile(with_gates(f"{bound} = nan"), "mine.toml")
+
+
+def test_bounds_in_the_wrong_order_are_all_named() -> None:
+    with pytest.raises(ProfileError) as caught:
+        parse_profile(with_gates("gap_mean_fail = 0.5", "greedy_agreement_fail = 0.99", "kl_k3_warn = 0.3"), "mine.toml")
+    (line,) = caught.value.offenders
+    for part in (
+        "gap_mean_fail = 0.5 must be at least gap_mean_warn = 1",
+        "greedy_agreement_fail = 0.99 must be at most",
+        "kl_k3_fail = 0.2",
+    ):
+        assert part in line
+
+
+def test_bounds_may_be_equal_and_infinite() -> None:
+    gates = parse_profile(with_gates("gap_mean_fail = inf", "kl_k3_warn = 0.2", "greedy_agreement_fail = -inf"), "mine.toml").gates
+    assert (gates.gap_mean_fail, gates.kl_k3_warn, gates.kl_k3_fail) == (float("inf"), 0.2, 0.2)
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
