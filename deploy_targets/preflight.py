@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,18 @@ def check_target(profile: TargetProfile) -> list[str]:
     return reasons + wrong_options
 
 
-def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None) -> None:
+def preflight(
+    profile: TargetProfile, model_dir: Path, *, num_tokens: int | None = None, temperature: float | None = None, also: Sequence[str] = ()
+) -> None:
     """Check the model of `model_dir` against the target; reads the headers of its weights, never the data.
 
     `num_tokens` (the longest prompt + response) and `temperature` (0: greedy) are those of the run that is planned; None
-    leaves them unchecked. Raises `PreflightError` with everything at once, one line each: a machine that cannot run the target,
-    files that are missing or damaged, tensors that do not fit the scheme, a tokenizer beyond the vocabulary, logits that
-    learner and engine would compute differently, sequences or a temperature that the engine would refuse later.
+    leaves them unchecked. `also` are offenders that the caller found. Raises `PreflightError` with everything at once, one line
+    each: a machine that cannot run the target, files that are missing or damaged, tensors that do not fit the scheme, a tokenizer
+    beyond the vocabulary, logits that learner and engine would compute differently, sequences or a temperature that the engine
+    would refuse later.
     """
-    offenders = check_target(profile)
+    offenders = [*also, *check_target(profile)]
     profile = _without_wrong_options(profile)
     shapes: dict[str, tuple[int, ...]] = {}
     config: dict[str, Any] = {}
@@ -99,7 +102,8 @@ def preflight(profile: TargetProfile, model_dir: Path, *, num_tokens: int | None
         raise PreflightError(
             f"model {model_dir.name!r} and target {profile.name!r} (scheme {profile.scheme.name}) do not fit",
             list(dict.fromkeys(offenders)),
-            "Choose another target, list the layers under `ignore` in a profile of your own, or change the model",
+            "Choose another target (`hetero-rl targets check` shows what runs here), list the layers under `ignore` in a profile of "
+            "your own, or change the model",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.catalog import open_engine
-from deploy_targets.errors import EXIT_INTERRUPTED, MissingPackageError, UsageError
+from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import TargetProfile, load_profile
@@ -22,6 +21,7 @@ from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, TargetConfig, load_config
 from hetero_rl.errors import RunFolderError
+from hetero_rl.inputs import check_inputs
 from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
 from hetero_rl.unused_settings import unused_settings
 
@@ -44,13 +44,9 @@ def run_training(
         run, config, profile = _resumed(target, files, settings, run_dir)
     else:
         config, profile = load_config(files, settings, target)
-    _require_runnable(profile)
-    _require_packages(profile)
     _prepare_process()
     if not resume:
         check_free(run_dir or default_run_dir(profile.name))
-    from hetero_rl.parts import check_inputs
-
     inputs = check_inputs(config, profile)
     for sentence in () if resume else unused_settings(config):
         console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False, soft_wrap=True)
@@ -94,9 +90,8 @@ def run_export(console: Console, run_path: Path, target: str | None, out: Path) 
     if out.exists():
         raise UsageError(f"{out} exists already; give another --out")
     check_output(out, "--out")
-    _require_packages(profile)
-    _require_runnable(profile)
     _prepare_process()
+    inputs = check_inputs(config, profile)
     from hetero_rl.export import export_artifact
     from hetero_rl.loop import measure_start
     from hetero_rl.parts import assemble, newest_checkpoint
@@ -106,7 +101,7 @@ def run_export(console: Console, run_path: Path, target: str | None, out: Path) 
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=same_target)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target)
         view.phase(f"exporting {checkpoint.name}")
         accuracy = export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
     console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
@@ -157,8 +152,8 @@ def run_evaluation(
         run, config, profile, same_target = _opened(run_path, target)
     else:
         config, profile = load_config(files, settings, target)
-    _require_runnable(profile)
     _prepare_process()
+    inputs = check_inputs(config, profile)
     from hetero_rl.loop import evaluate, measure_start
     from hetero_rl.parts import assemble, newest_checkpoint
     from hetero_rl.view import View
@@ -167,7 +162,7 @@ def run_evaluation(
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, checkpoint=checkpoint, same_target=same_target)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target)
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
@@ -218,8 +213,6 @@ def _resumed(
 def _require_runnable(profile: TargetProfile) -> None:
     reasons = check_target(profile)
     if reasons:
-        from deploy_targets.errors import PreflightError
-
         raise PreflightError(f"target {profile.name!r} cannot run on this machine", reasons, "`hetero-rl targets check` shows what can")
 
 
@@ -231,17 +224,6 @@ def _require_one_process() -> None:
                 f"{name} = {os.environ[name]} says that a launcher started several processes, and hetero-rl is one process. "
                 "Start it directly, without torchrun, deepspeed or mpirun"
             )
-
-
-def _require_packages(profile: TargetProfile) -> None:
-    """Training needs more than serving. Raises `MissingPackageError` naming the extra."""
-    needed: dict[str, tuple[str, ...]] = {"train": ("torch", "transformers", "deepspeed", "tensorboard")}
-    if profile.engine.name == "onnxruntime":
-        needed["onnx-export"] = ("onnx", "onnx_ir", "onnxruntime_genai")
-    for extra, packages in needed.items():
-        for package in packages:
-            if importlib.util.find_spec(package) is None:
-                raise MissingPackageError(package, f"training for {profile.name!r}", extra)
 
 
 def _prepare_process() -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deploy_targets.catalog import is_rebuilt, make_quantizer
-from deploy_targets.preflight import preflight
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState, checkpoints, load_state
 from hetero_rl.config import RunConfig
+from hetero_rl.inputs import Inputs as Inputs
+from hetero_rl.inputs import check_inputs
 from hetero_rl.learner.deepspeed_learner import Learner
-from hetero_rl.model import load_tokenizer, resolve_model, stop_tokens
+from hetero_rl.model import stop_tokens
 from hetero_rl.publish import Publisher
 from hetero_rl.run_folder import RunFolder
-from hetero_rl.tasks import load_task
 from hetero_rl.tasks.base import Task
 from hetero_rl.view import View
 
@@ -34,25 +33,6 @@ class Parts:
     learner: Learner
     publisher: Publisher
     restored: LoopState | None
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What the user gave, found to fit together before anything was started or written."""
-
-    model_dir: Path
-    tokenizer: Any
-    task: Task
-
-
-def check_inputs(config: RunConfig, profile: TargetProfile) -> Inputs:
-    """Find the model, check it against the target, load tokenizer, problems and reward. Raises `UsageError` and its branches."""
-    model_dir = resolve_model(config.model.path)
-    preflight(profile, model_dir, num_tokens=1 + config.loop.max_response_tokens, temperature=config.loop.temperature)
-    tokenizer = load_tokenizer(model_dir)
-    task = load_task(config.task, tokenizer, config.loop.seed)
-    preflight(profile, model_dir, num_tokens=task.longest_prompt() + config.loop.max_response_tokens)
-    return Inputs(model_dir, tokenizer, task)
 
 
 def assemble(

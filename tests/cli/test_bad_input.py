@@ -90,6 +90,15 @@ def test_missing_package_names_the_extra(tmp_path: Path) -> None:
     fails(result, 2, "no_such_runtime", "hetero-rl[onnx]")
 
 
+def test_offenders_of_every_kind_are_one_error(tmp_path: Path, tiny_models: TinyModels) -> None:
+    text = 'name = "x"\ndescription = "x"\nextends = "int4-onnx"\n[engine.options]\nspeed = 3\n'
+    profile = write(tmp_path / "mine.toml", text + '[hardware]\npackages = ["no_such_runtime"]\n')
+    model = tiny_models("qwen3", hidden_size=112, intermediate_size=208, head_dim=28)
+    settings = with_settings(f"model.path={model}", "loop.max_response_tokens=5000")
+    result = hetero_rl("train", "--target", profile, *settings, cwd=tmp_path)
+    fails(result, 2, "no_such_runtime", "speed: unknown key", "model.layers.0.self_attn.q_proj.weight", "5001 tokens")
+
+
 @pytest.mark.parametrize("target", ["int4-onnx", "int4-vllm"])
 def test_model_that_does_not_fit_the_scheme_lists_every_layer(tmp_path: Path, tiny_models: TinyModels, target: str) -> None:
     model = tiny_models("qwen3", hidden_size=112, intermediate_size=208, head_dim=28)
