@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy_targets.device import runs_on_gpu
+from deploy_targets.engines.options import parsed_options
 from deploy_targets.hardware import describe_machine, gpu_memory_gib
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Quantizer
 
 _GIB = 2**30
-_SCALE_BYTES = 2
-_HIGH_PRECISION_BYTES = 2
 _GPU_RESERVE_GIB = 1.0
 """CUDA context, kernels' workspace and activations of a small batch; a lower bound, so that only what is hopeless is refused."""
 
@@ -30,19 +29,19 @@ class MemoryNeed:
 def memory_need(
     profile: TargetProfile, quantizer: Quantizer, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> MemoryNeed:
-    """The arithmetic: b / 8 bytes a weight of b bits, two a scale, two any other value; 2 x layers x KV heads x head_dim a cached token.
+    """The arithmetic: b / 8 bytes a weight of b bits, two or four a scale or other value; a token caches 2 x layers x KV heads x head_dim.
 
     `config` is the language model's part of `config.json`, `shapes` name -> shape of every tensor of the checkpoint.
     """
-    scheme = profile.scheme
+    scheme, value_bytes, scale_bytes = profile.scheme, _value_bytes(profile), _scale_bytes(profile)
     num_bytes = 0.0
     for name, shape in shapes.items():
         count = math.prod(shape)
         if quantizer.quantizes(name):
             group_size = scheme.group_size or (shape[-1] if shape else 1)
-            num_bytes += count * scheme.bits / 8 + count / group_size * _SCALE_BYTES
+            num_bytes += count * scheme.bits / 8 + count / group_size * scale_bytes
         else:
-            num_bytes += count * _HIGH_PRECISION_BYTES
+            num_bytes += count * value_bytes
     return MemoryNeed(num_bytes / _GIB, _kv_bytes_per_token(profile, config) * max_tokens(profile, config) / _GIB)
 
 
@@ -93,5 +92,19 @@ def max_tokens(profile: TargetProfile, config: Mapping[str, Any]) -> int:
 def _kv_bytes_per_token(profile: TargetProfile, config: Mapping[str, Any]) -> float:
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
     head_dim = config.get("head_dim") or int(config.get("hidden_size") or 0) // int(config.get("num_attention_heads") or 1)
-    width = 1 if str(profile.engine.options.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
+    width = parsed_options(profile.engine.name, profile.engine.options).cache_bytes(_value_bytes(profile))
     return 2.0 * int(config.get("num_hidden_layers") or 0) * int(heads) * int(head_dim) * width
+
+
+def _value_bytes(profile: TargetProfile) -> int:
+    """Bytes of a value that is not quantized, as the engine holds it."""
+    scheme = profile.scheme
+    if scheme.quantizer.startswith("onnx-"):  # graphs for CPUs are float32 throughout, but for the scheme FP16
+        return 2 if scheme.provider == "cuda" or scheme.bits == 16 else 4
+    if scheme.quantizer == "gguf":
+        return 4
+    return 4 if profile.engine.options.get("dtype") == "float32" else 2
+
+
+def _scale_bytes(profile: TargetProfile) -> int:
+    return _value_bytes(profile) if profile.scheme.quantizer.startswith("onnx-") else 2

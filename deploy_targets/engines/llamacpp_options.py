@@ -27,6 +27,10 @@ class LlamaCppOptions(EngineOptions):
     num_gpu_layers: int = Field(0, ge=0)
     """Layers that a build of llama.cpp with GPU support keeps on the GPU."""
 
+    def cache_bytes(self, value_bytes: float) -> float:
+        """Those of `kv_cache_dtype`, whatever the file holds; q8_0 has 32 values of one byte and a scale of two."""
+        return {"f32": 4, "q8_0": 34 / 32}.get(self.kv_cache_dtype, 2)
+
     @model_validator(mode="after")
     def _quantized_values_need_flash_attention(self) -> Self:
         if self.kv_cache_dtype == "q8_0" and not self.flash_attention:

@@ -33,3 +33,8 @@ def options_problems(engine: str, options: Mapping[str, Any]) -> list[str]:
         known = f"; {engine} knows {', '.join(sorted(OPTIONS[engine].model_fields))}"
         return [f"engine.options: {line}{known if line.endswith('unknown key') else ''}" for line in error.offenders]
     return []
+
+
+def parsed_options(engine: str, options: Mapping[str, Any]) -> EngineOptions:
+    """The `[engine.options]` of a shipped engine; of others, what every engine has by default. Raises `ProfileError` for wrong ones."""
+    return parse_options(OPTIONS[engine], options, engine) if engine in OPTIONS else EngineOptions()

@@ -37,6 +37,10 @@ class VllmOptions(EngineOptions):
     num_threads: int | None = Field(None, ge=1)
     """CPU threads, for `engine.process = "own"` alone; None takes every core that the process may use."""
 
+    def cache_bytes(self, value_bytes: float) -> float:
+        """One in FP8, else as many as activations have."""
+        return 1 if self.kv_cache_dtype.startswith("fp8") else value_bytes
+
 
 def temperature_problem(options: VllmOptions, temperature: float, vocab_size: int) -> str | None:
     """Why the engine cannot score at `temperature` over `vocab_size` tokens; None when it can."""

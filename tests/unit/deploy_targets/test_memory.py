@@ -11,6 +11,7 @@ import pytest
 from deploy_targets import memory
 from deploy_targets.catalog import resolve
 from deploy_targets.device import runs_on_gpu
+from deploy_targets.engines.llamacpp_options import LlamaCppOptions
 from deploy_targets.hardware import describe_machine
 from deploy_targets.memory import memory_need, memory_offenders
 from deploy_targets.profile import HardwareSpec, TargetProfile, load_profile
@@ -19,6 +20,16 @@ NvidiaSmi = Callable[..., None]
 CONFIG = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 SHAPES = {"model.embed_tokens.weight": (131072, 4096), "model.layers.0.mlp.up_proj.weight": (2**20, 4096)}
 GIB = 2**30
+
+
+class QuantizesNothing:
+    def quantizes(self, name: str) -> bool:
+        return False
+
+
+class QuantizesLayers:
+    def quantizes(self, name: str) -> bool:
+        return name.endswith("_proj.weight")
 
 
 def offenders(profile: TargetProfile) -> list[str]:
@@ -43,6 +54,38 @@ def test_an_fp8_cache_takes_half() -> None:
         memory_need(halved, quantizer(profile), CONFIG, SHAPES).kv_gib
         == 0.5 * memory_need(profile, quantizer(profile), CONFIG, SHAPES).kv_gib
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value_bytes", "scale_bytes", "cache_bytes"),
+    [
+        ("fp32-onnx", 4, 0, 4), ("fp16-onnx", 2, 0, 2), ("int4-onnx", 4, 4, 4), ("int8-onnx", 4, 4, 4), ("int4-onnx-cuda", 2, 2, 2),
+        ("bf16-vllm", 2, 0, 2), ("bf16-transformers", 2, 0, 2), ("fp8-vllm", 2, 2, 2),
+    ],
+)  # fmt: skip
+def test_values_and_cache_take_the_bytes_of_the_targets_dtype(name: str, value_bytes: int, scale_bytes: int, cache_bytes: int) -> None:
+    """The embedding is never quantized, the other matrix where the scheme has scales."""
+    profile = load_profile(name).model_copy(update={"max_model_len": 512})
+    bits, group = profile.scheme.bits, profile.scheme.group_size or 4096
+    need = memory_need(profile, QuantizesLayers() if scale_bytes else QuantizesNothing(), CONFIG, SHAPES)  # type: ignore[arg-type]
+    matrix = 2**32 * (bits / 8 + scale_bytes / group) if scale_bytes else 2**32 * value_bytes
+    assert need.weights_gib == (131072 * 4096 * value_bytes + matrix) / GIB
+    assert need.kv_gib == 512 * 2 * 32 * 8 * 128 * cache_bytes / GIB
+
+
+@pytest.mark.parametrize(("dtype", "cache_bytes"), [("f16", 2), ("bf16", 2), ("f32", 4), ("q8_0", 34 / 32)])
+def test_a_cache_of_llama_cpp_takes_the_bytes_of_its_dtype(dtype: str, cache_bytes: float) -> None:
+    assert LlamaCppOptions(kv_cache_dtype=dtype, flash_attention=True).cache_bytes(4) == cache_bytes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["bf16-transformers", "bf16-vllm"])
+def test_an_engine_in_float32_takes_twice_the_memory(name: str) -> None:
+    profile = load_profile(name)
+    engine = profile.engine.model_copy(update={"options": {**profile.engine.options, "dtype": "float32"}})
+    need, doubled = (
+        memory_need(given, quantizer(profile), CONFIG, SHAPES) for given in (profile, profile.model_copy(update={"engine": engine}))
+    )
+    assert (doubled.weights_gib, doubled.kv_gib) == (2 * need.weights_gib, 2 * need.kv_gib)
 
 
 def test_a_model_that_fits_the_large_card_and_not_the_small_one() -> None:
@@ -88,19 +131,12 @@ def test_a_target_that_runs_on_the_cpu_is_held_against_the_machines_memory(
     def lines(memory_gib: float) -> list[str]:
         machine = replace(describe_machine(), memory_gib=memory_gib)
         monkeypatch.setattr(memory, "describe_machine", lambda: machine)
-        return memory_offenders(profile, WholeQuantizer(), CONFIG, shapes)  # type: ignore[arg-type]
+        return memory_offenders(profile, QuantizesNothing(), CONFIG, shapes)  # type: ignore[arg-type]
 
     assert lines(2000) == []
     (line,) = lines(16)
     assert memory_of(line) == "16.0"
     assert "for the rest" not in line
-
-
-class WholeQuantizer:
-    """Quantizes nothing."""
-
-    def quantizes(self, name: str) -> bool:
-        return False
 
 
 @pytest.mark.parametrize(
