@@ -20,10 +20,11 @@ _GPU_RESERVE_GIB = 1.0
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """GiB that serving takes at least: the weights, and the KV cache of one sequence of the longest length."""
+    """GiB that serving takes at least: the weights, and the KV cache of `num_sequences` sequences of the longest length."""
 
     weights_gib: float
     kv_gib: float
+    num_sequences: int
 
 
 def memory_need(
@@ -42,7 +43,9 @@ def memory_need(
             num_bytes += count * scheme.bits / 8 + count / group_size * scale_bytes
         else:
             num_bytes += count * value_bytes
-    return MemoryNeed(num_bytes / _GIB, _kv_bytes_per_token(profile, config) * max_tokens(profile, config) / _GIB)
+    num_sequences = parsed_options(profile.engine.name, profile.engine.options).num_cached_sequences()
+    kv_bytes = _kv_bytes_per_token(profile, config) * max_tokens(profile, config) * num_sequences
+    return MemoryNeed(num_bytes / _GIB, kv_bytes / _GIB, num_sequences)
 
 
 def memory_offenders(
@@ -68,11 +71,13 @@ def memory_offenders(
     if total > usable:
         kv = f"{kv_gib:.1f} GiB of KV cache"
         if not options.get("kv_cache_gib"):
-            kv += f" for one sequence of {max_tokens(profile, config)} tokens"
+            count = "one sequence" if need.num_sequences == 1 else f"{need.num_sequences} sequences"
+            kv += f" for {count} of {max_tokens(profile, config)} tokens"
+        fewer = "" if need.num_sequences == 1 else "fewer sequences at a time (engine.options.max_batch_size, num_threads), "
         extra = f" + {reserve:.1f} GiB for the rest" if reserve else ""
         lines.append(
             f"memory: {need.weights_gib:.1f} GiB of weights + {kv}{extra} = {total:.1f} GiB, and the target has {usable:.1f} GiB. "
-            "Choose fewer bits, a smaller model, a lower max_model_len, or a KV cache in FP8"
+            f"Choose {fewer}fewer bits, a smaller model, a lower max_model_len, or a KV cache in FP8"
         )
     if options.get("kv_cache_gib") and need.kv_gib > float(options["kv_cache_gib"]):
         lines.append(

@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from deploy_targets.engines.draws import Draws, score_tokens
-from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
 from deploy_targets.engines.llamacpp_decode import ContextSlots, logits_of
 from deploy_targets.engines.llamacpp_options import LlamaCppOptions
@@ -41,8 +40,7 @@ class LlamaCppEngine:
         embedding = self._header.tensors.get("token_embd.weight", ("", (0,), 0, 0))[1]
         if embedding[0] != self._vocab_size:
             raise ArtifactError(f"{GGUF_FILE} has {embedding[0]} token embeddings, config.json says vocab_size {self._vocab_size}")
-        num_threads = self.options.num_threads or num_usable_cores()
-        self._num_batches = max(1, num_threads // self.options.threads_per_batch)
+        self._num_batches = self.options.num_batches()
         self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="llamacpp-batch")
         self._model: Model | None = None
         self._contexts: list[Context] = []
@@ -54,27 +52,48 @@ class LlamaCppEngine:
             raise
 
     def update(self, weights: WeightFile) -> int:
-        """Serve another version: its file is opened, fresh caches are made, then the old ones are given back.
+        """Serve another version: its file is opened and checked, then the old caches give way to new ones: there is one set of them.
 
         Raises `EngineError` naming each tensor or entry of metadata in which the file differs from the model in service, or why
-        llama.cpp refuses it; the engine then still serves the old version.
+        llama.cpp refuses it; the engine then still serves the old version, with caches made anew if the old ones had given way.
+        Should these fail too, the engine is closed.
         """
         self._check_open()
         _check_same_model(self._header, weights.path)
         model = Model(weights.path, self.options.num_gpu_layers)
-        contexts: list[Context] = []
+        old = self._model
         try:
             if model.vocab_size != self._vocab_size:
                 raise EngineError(f"{weights.path}: llama.cpp reads {model.vocab_size} tokens, config.json says {self._vocab_size}")
-            for _ in range(self._num_batches):
-                contexts.append(Context(model, self._size()))
+            self._make_contexts(model)
         except BaseException:
-            _close(contexts, model)
+            if old is not None and len(self._contexts) < self._num_batches:
+                try:
+                    self._make_contexts(old)
+                except BaseException:
+                    self.close()
+                    model.close()
+                    raise
+            model.close()
             raise
-        _close(self._contexts, self._model)
-        self._model, self._contexts = model, contexts
+        if old is not None:
+            old.close()
+        self._model = model
         self.weight_version = weights.weight_version
         return self.weight_version
+
+    def _make_contexts(self, model: Model) -> None:
+        """Give back the contexts there are and make those of `model`; none is left when that fails."""
+        _close_all(self._contexts)
+        self._contexts = []
+        made: list[Context] = []
+        try:
+            for _ in range(self._num_batches):
+                made.append(Context(model, self._size()))
+        except BaseException:
+            _close_all(made)
+            raise
+        self._contexts = made
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Sample one response per prompt, in order; request i draws from the i-th stretch of one generator seeded by `seed`.
@@ -120,7 +139,9 @@ class LlamaCppEngine:
         if not self._closed:
             self._closed = True
             self._pool.shutdown()
-            _close(self._contexts, self._model)
+            _close_all(self._contexts)
+            if self._model is not None:
+                self._model.close()
             self._contexts, self._model = [], None
 
     def _size(self) -> ContextSize:
@@ -172,8 +193,6 @@ def _check_same_model(served: GgufHeader, path: Path) -> None:
         raise EngineError(f"{path} does not fit the model in service, nothing was changed: its metadata differ in {', '.join(keys)}")
 
 
-def _close(contexts: Sequence[Context], model: Model | None) -> None:
+def _close_all(contexts: Sequence[Context]) -> None:
     for context in contexts:
         context.close()
-    if model is not None:
-        model.close()

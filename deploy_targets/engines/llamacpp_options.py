@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.requests import EngineOptions
 
 
@@ -26,6 +27,14 @@ class LlamaCppOptions(EngineOptions):
     """Attention as one operator: less memory, but on a CPU its sums over values are kept in f16 and long sequences are slower."""
     num_gpu_layers: int = Field(0, ge=0)
     """Layers that a build of llama.cpp with GPU support keeps on the GPU."""
+
+    def num_batches(self) -> int:
+        """Batches at a time, each with a context of its own."""
+        return max(1, (self.num_threads or num_usable_cores()) // self.threads_per_batch)
+
+    def num_cached_sequences(self) -> int:
+        """llama.cpp allocates the cache of every context as a whole."""
+        return self.num_batches() * self.max_batch_size
 
     def cache_bytes(self, value_bytes: float) -> float:
         """Those of `kv_cache_dtype`, whatever the file holds; q8_0 has 32 values of one byte and a scale of two."""

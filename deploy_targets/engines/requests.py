@@ -23,6 +23,10 @@ class EngineOptions(BaseModel):
     max_model_len: int = Field(1024, ge=2)
     """Longest prompt + response in tokens; a model that ends earlier sets the limit."""
 
+    def num_cached_sequences(self) -> int:
+        """Sequences of the longest length that it keeps room for from its start on; 1 where its cache grows with what it is asked."""
+        return 1
+
     def cache_bytes(self, value_bytes: float) -> float:
         """Bytes of a cached key or value, where the target keeps a value that is not quantized in `value_bytes`."""
         return value_bytes

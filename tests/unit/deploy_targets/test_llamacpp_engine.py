@@ -22,7 +22,7 @@ llama_cpp = pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
 
 from deploy_targets.engines.llamacpp import LlamaCppEngine  # noqa: E402
-from deploy_targets.engines.llamacpp_context import passes  # noqa: E402
+from deploy_targets.engines.llamacpp_context import Context, passes  # noqa: E402
 from tests.unit.deploy_targets.test_gguf_quantizer import LLAMA3, quantizer, write  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"max_model_len": 64, "num_threads": 1, "max_batch_size": 8, "max_batch_tokens": 64}
@@ -169,6 +169,59 @@ def test_a_file_with_other_metadata_is_refused_and_changes_nothing(folder: Path,
     finally:
         engine.close()
         engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.score(sequences())
+
+
+class CountedContext(Context):
+    """Counts the contexts that are open; making one fails where `outcomes` says so, for the next ones in order."""
+
+    num_open, most_open = 0, 0
+    outcomes: list[bool] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        if CountedContext.outcomes and not CountedContext.outcomes.pop(0):
+            raise EngineError("no memory for a context")
+        super().__init__(*arguments)
+        CountedContext.num_open += 1
+        CountedContext.most_open = max(CountedContext.most_open, CountedContext.num_open)
+
+    def close(self) -> None:
+        CountedContext.num_open -= bool(self.pointer)
+        super().close()
+
+
+@pytest.fixture
+def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy_targets.engines.llamacpp.Context", CountedContext)
+    for name, value in {"num_open": 0, "most_open": 0, "outcomes": []}.items():
+        monkeypatch.setattr(CountedContext, name, value)
+
+
+@pytest.mark.usefixtures("_counted")
+def test_an_update_holds_one_set_of_caches(folder: Path) -> None:
+    engine = engine_of(folder, num_threads=3)
+    before = logps(engine)
+    assert engine.update(WeightFile(folder / GGUF_FILE, 2)) == 2
+    np.testing.assert_array_equal(logps(engine), before)
+    assert (CountedContext.num_open, CountedContext.most_open) == (3, 3)
+    engine.close()
+    assert CountedContext.num_open == 0
+
+
+@pytest.mark.usefixtures("_counted")
+def test_an_update_without_memory_for_its_caches_leaves_the_old_version_in_service(folder: Path) -> None:
+    engine = engine_of(folder, num_threads=3)
+    before = logps(engine)
+    CountedContext.outcomes += [True, False]
+    with pytest.raises(EngineError, match="no memory"):
+        engine.update(WeightFile(folder / GGUF_FILE, 2))
+    assert (engine.weight_version, CountedContext.num_open) == (1, 3)
+    np.testing.assert_array_equal(logps(engine), before)
+    CountedContext.outcomes += [True, False, True, False]
+    with pytest.raises(EngineError, match="no memory"):
+        engine.update(WeightFile(folder / GGUF_FILE, 2))
+    assert CountedContext.num_open == 0
     with pytest.raises(EngineError, match="closed"):
         engine.score(sequences())
 

@@ -78,6 +78,28 @@ def test_a_cache_of_llama_cpp_takes_the_bytes_of_its_dtype(dtype: str, cache_byt
     assert LlamaCppOptions(kv_cache_dtype=dtype, flash_attention=True).cache_bytes(4) == cache_bytes  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "num_sequences"),
+    [
+        ({"num_threads": 16, "max_batch_size": 64}, 1024),
+        ({"num_threads": 16, "max_batch_size": 64, "threads_per_batch": 16}, 64),
+        ({"num_threads": 1, "max_batch_size": 1, "threads_per_batch": 2}, 1),
+    ],
+)
+def test_llama_cpp_takes_the_caches_of_all_batches(options: dict[str, Any], num_sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3-8B: 128 KiB a token in f16."""
+    profile = load_profile("q4_k_m-llamacpp")
+    profile = profile.model_copy(update={"engine": profile.engine.model_copy(update={"options": options})})
+    need = memory_need(profile, QuantizesLayers(), CONFIG, SHAPES)  # type: ignore[arg-type]
+    assert need.kv_gib == num_sequences * 512 * 128 / 2**20
+    machine = replace(describe_machine(), memory_gib=48)
+    monkeypatch.setattr(memory, "describe_machine", lambda: machine)
+    lines = memory_offenders(profile, QuantizesLayers(), CONFIG, SHAPES)  # type: ignore[arg-type]
+    assert [f"64.0 GiB of KV cache for {num_sequences} sequences of 512 tokens" in line and "max_batch_size" in line for line in lines] == [
+        True
+    ] * (num_sequences == 1024)
+
+
 @pytest.mark.parametrize("name", ["bf16-transformers", "bf16-vllm"])
 def test_an_engine_in_float32_takes_twice_the_memory(name: str) -> None:
     profile = load_profile(name)
