@@ -93,14 +93,17 @@ def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int)
 
 
 def is_rebuilt(profile: TargetProfile, model_dir: Path) -> bool:
-    """Whether the engine is started anew for every update, as the profile says or as the model needs; reads its `config.json`.
+    """Whether the engine is started anew for every update, as the profile says or as vLLM needs on a CPU; reads the model's `config.json`.
 
-    vLLM 0.32 packs the experts of a model for its CPU kernel once and does not repack them: after a reload in place they are not
-    those that were published (UnquantizedFusedMoEMethod._setup_kernel).
+    vLLM 0.32 packs two kinds of weights for its CPU kernels once, and a reload in place does not reach what was packed. The experts of a
+    model stay those that were loaded first (UnquantizedFusedMoEMethod._setup_kernel). INT8 layers lose their weights, which
+    process_weights_for_onednn sets to None: every log-prob is NaN. This can go when vLLM keeps or repacks them; a GPU needs none of it.
     """
     if profile.engine.publish == "rebuild":
         return True
-    return profile.engine.name == "vllm" and not find_gpus() and has_experts(json.loads((model_dir / "config.json").read_text("utf-8")))
+    if profile.engine.name != "vllm" or find_gpus():
+        return False
+    return profile.scheme.name == "W8A8" or has_experts(json.loads((model_dir / "config.json").read_text("utf-8")))
 
 
 def _start_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,21 @@ def test_vllm_on_a_cpu_is_rebuilt_for_experts(tiny_models: TinyModels) -> None:
     assert is_rebuilt(load_profile("bf16-vllm"), tiny_models("qwen3_moe"))
     assert not is_rebuilt(load_profile("bf16-vllm"), tiny_models("qwen3"))
     assert not is_rebuilt(load_profile("bf16-transformers"), tiny_models("qwen3_moe"))
+
+
+@no_gpu
+def test_vllm_on_a_cpu_is_rebuilt_for_int8_layers(tiny_models: TinyModels) -> None:
+    profile = load_profile("int8-vllm")
+    assert profile.engine.publish == "in_place"
+    assert is_rebuilt(profile, tiny_models("qwen3"))
+    assert not is_rebuilt(load_profile("fp8-vllm"), tiny_models("qwen3"))
+    assert not is_rebuilt(load_profile("int8-transformers"), tiny_models("qwen3"))
+
+
+@pytest.mark.parametrize(("target", "family"), [("int8-vllm", "qwen3"), ("bf16-vllm", "qwen3_moe")])
+def test_vllm_on_a_gpu_swaps_in_place(target: str, family: Any, nvidia_smi: Callable[..., None], tiny_models: TinyModels) -> None:
+    nvidia_smi("NVIDIA L4, 23034 MiB, 8.9")
+    assert not is_rebuilt(load_profile(target), tiny_models(family))
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen3_moe"])
