@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
 _LOG_LINES = 15
+_LOG_BYTES = 1 << 16
+"""How much of the log's end is read for them: a long run prints gigabytes."""
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -55,7 +57,7 @@ class ProcessEngine:
     ) -> None:
         """Start the child and wait until it serves.
 
-        Raises what the engine's constructor raises, and `EngineError` when the child dies or takes longer than
+        Raises what the engine's constructor raises, and `EngineError` when the child cannot be started, dies or takes longer than
         `start_timeout_s`; `call_timeout_s` bounds every later call in the same way.
         """
         self.weight_version = weight_version
@@ -64,19 +66,14 @@ class ProcessEngine:
         self._lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="deploy-targets-engine-"))
         self._log = self._folder / "engine.log"
-        ours, theirs = socket.socketpair()
-        self._socket = ours
-        self._lines = ours.makefile("rb")
-        with open(self._log, "wb") as log, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy_targets.engines.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=child_environment(profile, os.environ),
-                start_new_session=True,
-            )
+        with contextlib.ExitStack() as undone:
+            undone.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            ours, theirs = socket.socketpair()
+            self._socket = undone.enter_context(ours)
+            self._lines = undone.enter_context(ours.makefile("rb"))
+            with theirs, open(self._log, "wb") as log:
+                self._process = self._start_child(theirs, log, child_environment(profile, os.environ))
+            undone.pop_all()  # from here on they are given back by `close`
         self._open = True
         atexit.register(self.close)
         try:
@@ -89,6 +86,22 @@ class ProcessEngine:
         except BaseException:
             self.close()
             raise
+
+    def _start_child(self, connection: socket.socket, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "deploy_targets.engines.process", str(connection.fileno())],
+                pass_fds=[connection.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(
+                f"the process of engine {self._name!r} cannot be started: {error}. Give it memory, or raise ulimit"
+            ) from error
 
     @property
     def pid(self) -> int:
@@ -180,7 +193,9 @@ class ProcessEngine:
 
     def _log_tail(self) -> str:
         with contextlib.suppress(OSError):
-            lines = self._log.read_text("utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+            with open(self._log, "rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+                lines = log.read().decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:]
             if lines:
                 return "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines)
         return " It printed nothing."

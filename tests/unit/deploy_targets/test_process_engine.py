@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +100,30 @@ def test_an_engine_that_does_not_start_raises_its_own_error(folder: Path, tmp_pa
         ProcessEngine(fake_profile("fakes"), folder, 1)
     with pytest.raises(ArtifactError, match=r"config\.json"):
         ProcessEngine(fake_profile(), tmp_path, 1)
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", no_memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(EngineError, match=r"cannot be started: .*Cannot allocate memory"):
+        ProcessEngine(fake_profile(), folder, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_long_log_is_read_at_its_end_alone(engine: ProcessEngine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole of 64 GiB takes no place on the disk, and no memory unless it is read."""
+    with open(engine._log, "r+b") as log:
+        log.seek(64 << 30)
+        log.write("\n".join(f"line {number} \u00e4" for number in range(20_000)).encode())
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: pytest.fail("reads the whole log"))
+    lines = engine._log_tail().splitlines()
+    assert len(lines) == 17
+    assert lines[-1].strip() == "line 19999 \u00e4"
 
 
 def test_a_killed_engine_is_an_error_that_says_so(engine: ProcessEngine) -> None:
