@@ -237,6 +237,8 @@ class LoopConfig(_Table):
     """Sampling temperature; the learner's log-probs are taken at the same one."""
     publish_every: int = Field(1, ge=1)
     """Steps between publishes of the learner's weights to the engine."""
+    publish_gate: float | None = Field(None, gt=0)
+    """Undo a step after which the engine's gap on the step's own rollouts is more than this many times what it was before; unset: never."""
 
 
 class CheckpointConfig(_Table):
@@ -304,6 +306,11 @@ class RunConfig(_Table):
             raise ValueError(
                 f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of "
                 f"loop.publish_every = {self.loop.publish_every}"
+            )
+        if self.loop.publish_gate is not None and (self.loop.publish_every > 1 or self.learner.zero_stage == 3):
+            raise ValueError(
+                "loop.publish_gate judges and undoes single steps: it needs loop.publish_every = 1 and a copy of the master weights, which "
+                f"learner.zero_stage = 3 cannot hold (they are {self.loop.publish_every} and {self.learner.zero_stage})"
             )
         if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
             raise ValueError(

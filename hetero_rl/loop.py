@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from deploy_targets.profile import TargetProfile
@@ -82,15 +83,22 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if snapshot is not None:
                 sequences = with_old_logp(learner, snapshot, sequences)
             multiplier = state.dual.multiplier
+            masters = learner.masters() if loop.publish_gate is not None else None
             update = learner.update(sequences, multiplier)
             gap = update.sums.gap
             dual = dual_step(state.dual, gap.mean(gap.engine_gap), dual_config, rollouts.mean_reward)
             clock.lap("perf/learner_s")
 
-            proof_gap, version = float("nan"), state.weight_version
+            proof_gap, version, rejected = float("nan"), state.weight_version, False
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
-                proof_gap = publisher.publish(version, [generation.sequence for generation in rollouts.generations]).proof_gap
+                proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
+                if loop.publish_gate is not None and masters is not None:
+                    rejected = engine_gap(parts, rollouts.sequences) > loop.publish_gate * gap.mean(gap.engine_gap)
+                if rejected and masters is not None:
+                    learner.restore(masters)
+                    version += 1
+                    proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
                 snapshot = learner.snapshot() if snapshot is not None else None
             clock.lap("perf/publish_s")
 
@@ -100,7 +108,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
             state = replace(state, calibration=publisher.calibration)
-            row = step_row(state, rollouts, update, multiplier, proof_gap)
+            row = step_row(state, rollouts, update, multiplier, proof_gap, rejected)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
                 row |= evaluate(parts, num_problems)
@@ -179,6 +187,12 @@ def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences
     """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
     scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences])
     return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
+
+
+def engine_gap(parts: Parts, sequences: list[TokenSequence]) -> float:
+    """Mean abs(p_learner - p_engine) over the responses of `sequences`, under the weights that both hold now."""
+    scores = parts.learner.score(sequences), parts.publisher.engine.score(sequences, parts.sampling.temperature)
+    return float(np.nanmean(np.concatenate([probability_gap(ours.logps, theirs.logps) for ours, theirs in zip(*scores, strict=True)])))
 
 
 def evaluate(parts: Parts, num_problems: int) -> dict[str, float]:

@@ -57,6 +57,7 @@ METRICS: dict[str, Metric] = {
     "weights/version": Metric("count", "weight version the engine served for this step's rollouts"),
     "publish/proof_gap": Metric("probability", "mean abs(p_twin - p_engine) on the proof's probe tokens after the step's publish"),
     "publish/rebuilds": Metric("count", "engines rebuilt since the start because a proof failed"),
+    "publish/rejected": Metric("", "1 when the step was undone, because the gap rose beyond `loop.publish_gate`"),
     "perf/step_s": Metric("s", "wall-clock time of the step", exact=False),
     "perf/rollout_s": Metric("s", "sampling by the engine", exact=False),
     "perf/reward_s": Metric("s", "the reward function", exact=False),

@@ -25,7 +25,9 @@ def first_row(state: LoopState) -> dict[str, float]:
     }
 
 
-def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float) -> dict[str, float]:
+def step_row(
+    state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, rejected: bool
+) -> dict[str, float]:
     """The numbers of a step, named as in `metrics.METRICS`."""
     sums, gap, rewards = update.sums, update.sums.gap, rollouts.rewards
     valid = rewards[np.isfinite(rewards)]
@@ -60,6 +62,7 @@ def step_row(state: LoopState, rollouts: Rollouts, update: UpdateStats, multipli
         "weights/version": rollouts.weight_version,
         "publish/proof_gap": proof_gap,
         "publish/rebuilds": state.num_rebuilds,
+        "publish/rejected": int(rejected),
     }
 
 

@@ -33,6 +33,11 @@ class Rollouts:
     """Tokens of their responses."""
 
     @property
+    def sequences(self) -> list[TokenSequence]:
+        """Prompt and response of each generation."""
+        return [generation.sequence for generation in self.generations]
+
+    @property
     def num_tokens(self) -> int:
         """Sampled tokens, those of replaced groups included."""
         return self.num_replaced_tokens + sum(len(generation.tokens) for generation in self.generations)

@@ -63,6 +63,35 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
     return engine
 
 
+def read_masters(engine: Any) -> dict[str, torch.Tensor]:
+    """A copy of the fp32 master weights by parameter name, for ZeRO stages 0 to 2."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if engine.zero_optimization_stage() == 0:
+        return {name: master.detach().clone() for name, master in _unsharded_masters(engine).items()}
+    return {name: safe_get_full_fp32_param(parameter).detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def write_masters(engine: Any, masters: dict[str, torch.Tensor]) -> None:
+    """Put what `read_masters` gave back in place; the bf16 weights are left as they are."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if engine.zero_optimization_stage() == 0:
+        with torch.no_grad():
+            for name, master in _unsharded_masters(engine).items():
+                master.copy_(masters[name])
+    else:
+        for name, parameter in engine.module.named_parameters():
+            safe_set_full_fp32_param(parameter, masters[name])
+
+
+def _unsharded_masters(engine: Any) -> dict[str, torch.Tensor]:
+    """The optimizer's own tensors, in the order in which it was given the weights; DeepSpeed's accessors know of none without ZeRO."""
+    groups = engine.optimizer.state_dict()["fp32_groups"]
+    names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, (master for group in groups for master in group), strict=True))
+
+
 def _zero(policy: Policy, stage: int) -> dict[str, Any]:
     if stage < 3 or not any(isinstance(layer, TwinExperts) for layer in policy.twins):
         return {"stage": stage, "overlap_comm": False}

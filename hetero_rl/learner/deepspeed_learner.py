@@ -25,7 +25,7 @@ from hetero_rl.learner.attention import follows_cache_rounding, follows_packing,
 from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
-from hetero_rl.learner.deepspeed_engine import start_engine
+from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
 from hetero_rl.learner.fake_quant import add_twin
 from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
@@ -264,6 +264,16 @@ class Learner:
             return self.score(sequences)
         finally:
             self._copy_in(current)
+
+    def masters(self) -> dict[str, Tensor]:
+        """A copy of the fp32 master weights, by parameter name; not under ZeRO-3."""
+        return read_masters(self._engine)
+
+    def restore(self, masters: dict[str, Tensor]) -> None:
+        """Undo the steps since `masters` were taken: weights alone, the optimizer's averages and the schedule stay."""
+        write_masters(self._engine, masters)
+        self._copy_in(masters)
+        self.forget_twins()
 
     def _copy_in(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -274,3 +274,14 @@ def test_the_weights_of_a_run_on_another_target(run: Path, tmp_path: Path) -> No
     assert verified.returncode == 0, verified.stdout
     fails(hetero_rl("export", run, "--target", "int5-onnx", "--out", "none", cwd=tmp_path), 2, "int5-onnx")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_gate_that_nothing_passes_keeps_the_weights(tmp_path: Path) -> None:
+    """Every step is undone: what is exported is what the run began with, published again and again."""
+    result = hetero_rl(*TRAIN, "--set", "loop.publish_gate=1e-6", "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["publish/rejected"] for row in rows[1:]] == [1, 1, 1, 1]
+    assert [row["weights/version"] for row in rows[1:]] == [0, 2, 4, 6]
+    assert rows[0]["eval/deployed_accuracy"] == rows[-1]["eval/deployed_accuracy"]
+    assert hetero_rl("verify-deploy", "run/artifact", cwd=tmp_path).returncode == 0

@@ -201,6 +201,22 @@ def test_save_and_load_continue_exactly(make_learner: MakeLearner, tmp_path: Pat
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(straight.named_tensors(), resumed.named_tensors(), strict=True))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_restored_masters_undo_a_step(make_learner: MakeLearner, stage: int) -> None:
+    """To the last bit of the fp32 weights: the step after it starts from them, whatever bf16 shows of them."""
+    learner = make_learner(zero_stage=stage)
+    learner.update(sequences(), 0.0)
+    weights, masters, scores = learner.snapshot(), learner.masters(), learner.score(as_sequences(sequences()))
+    assert all(masters[name].dtype == torch.float32 for name in masters)
+    assert any(not torch.equal(masters[name], weights[name].float()) for name in masters), "masters hold more digits"
+    learner.update(sequences(), 0.0)
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in learner.snapshot().items())
+    learner.restore(masters)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in learner.snapshot().items())
+    assert all(torch.equal(masters[name], tensor) for name, tensor in learner.masters().items())
+    assert all((a.logps == b.logps).all() for a, b in zip(scores, learner.score(as_sequences(sequences())), strict=True))
+
+
 def test_greedy_responses_are_the_argmax(make_learner: MakeLearner) -> None:
     learner, prompts = make_learner(), [(3, 4, 5), (7,), (9, 10)]
     responses = learner.greedy_responses(prompts, 5, (2,))
