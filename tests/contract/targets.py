@@ -132,7 +132,7 @@ def make_target(name: str, model_dir: Path, folder: Path) -> Target:
         quantizer.calibrate(first.items(), uneven_grams(quantizer, first))
     generator = torch.Generator().manual_seed(1)
     second = {
-        key: tensor + 0.02 * (tensor != 0) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * (tensor != 0)
         for key, tensor in first.items()
     }
     served, updates = folder / "served", folder / "updates"

@@ -299,7 +299,7 @@ def test_near_certain_tokens_have_finite_logps(target: Target, engine: Engine, t
     logps = np.concatenate([generation.logps for generation in generations])
     assert np.isfinite(logps).all()
     assert logps.max() <= 1e-5
-    assert (logps > -1e-4).mean() > 0.5, "no token is near-certain: the test sees nothing"
+    assert (logps > -1e-4).mean() > 0.3, "too few tokens are near-certain: the test sees nothing"
     scores = engine.score([generation.sequence for generation in generations])
     assert np.isfinite(all_logps(scores)).all()
     # Logits of some hundreds: one step of bf16 there is a nat.
