@@ -10,6 +10,9 @@ Family = Literal["qwen3", "qwen2", "llama", "phi3", "qwen3_moe"]
 CHARACTERS = "0123456789+-*/=()., abcdefghijklm"
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+BIAS_STD = {"q_proj.bias": 2.0, "k_proj.bias": 2.0, "v_proj.bias": 0.2}
+"""As in real Qwen2 models, those of queries and keys are large: in a small model attention would not notice small ones."""
+READS_NORMED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
 
 
 def tiny_model(
@@ -26,13 +29,17 @@ def tiny_model(
     tied: bool = False,
     seed: int = 0,
     weight_std: float = 0.05,
+    outlier: float = 1.0,
     extra_config: dict[str, Any] | None = None,
 ) -> Path:
     """Save a random bf16 checkpoint (`config.json`, `model.safetensors`, char-level `tokenizer.json`) in `folder`.
 
     `qwen2` has biases on q, k and v; it and `phi3` take their head_dim from hidden_size / num_heads. `phi3` has q, k and v in one matrix,
     gate and up in another, and rotates half of each head. `qwen3_moe` has four experts of 64 in each layer, two for each token. Norms and
-    biases are random too, so that a tensor that gets lost or swapped changes the log-probs. Returns `folder`.
+    biases are random too, so that a tensor that gets lost or swapped changes the log-probs.
+
+    With an `outlier` beyond 1, every 32nd weight of the rows that read a normed input is that many times larger, and the input it reads
+    is zero: a grid that has to hold these weights rounds the others that much more coarsely, and nothing else changes. Returns `folder`.
     """
     import torch
     from transformers import (
@@ -87,7 +94,12 @@ def tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else weight_std * noise)
+            std = BIAS_STD.get(name.split("self_attn.")[-1], weight_std)
+            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else std * noise)
+            if outlier > 1 and name.endswith("layernorm.weight"):
+                parameter[::32] = 0
+            if outlier > 1 and name.endswith(READS_NORMED):
+                parameter[:, ::32] *= outlier
     model.save_pretrained(folder)
     return folder
 

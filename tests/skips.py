@@ -8,14 +8,24 @@ from collections.abc import Generator
 
 import pytest
 
+from deploy_targets.preflight import check_target
+from deploy_targets.profile import TargetProfile
+
 REQUIRE_ALL = "HETERO_RL_TESTS_REQUIRE_ALL"
 """Environment variable that `scripts/test.sh` sets to 1."""
 
 LEGITIMATE = re.compile(
     r"Skipped: (needs a GPU|needs a machine without a GPU|has a GPU|compares with Linux's own words|root may write everywhere"
-    r"|the fake engine runs no model)"
+    r"|the fake engine runs no model|[\w-]+ cannot run here: .*(it needs a CUDA GPU|it needs a GPU with|its kernels need a CPU with).*)"
 )
 """What no installation can change: the machine, its user, and what a target is by nature. Every other skip is a missing part."""
+
+
+def skip_unless_it_runs_here(profile: TargetProfile) -> None:
+    """Skip the test, with all reasons that `check_target` gives, where this machine cannot run the target."""
+    reasons = check_target(profile)
+    if reasons:
+        pytest.skip(f"{profile.name} cannot run here: {'; '.join(reasons)}")
 
 
 def _failed_if_a_part_is_missing(report: pytest.TestReport | pytest.CollectReport) -> None:

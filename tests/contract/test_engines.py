@@ -14,20 +14,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy_targets.catalog import is_rebuilt
 from deploy_targets.errors import EngineError, UsageError, WeightsError
+from deploy_targets.profile import shipped_profiles
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Sampling, TokenSequence, WeightFile
 from deploy_targets.weights_file import weights_name
 from hetero_rl.publish import ProbeProbabilities, proof_failure
 from tests.conftest import TinyModels
 from tests.contract.targets import (
-    LOGP_TOLERANCE_NATS,
     MAX_MODEL_LEN,
-    MODEL_OPTIONS,
     Target,
     all_logps,
+    biased_model,
     largest_gap,
+    load_reference,
     make_target,
+    mean_limit,
+    model_logps,
+    model_options,
     random_prompts,
     random_sequences,
     reference_logps,
@@ -41,7 +46,13 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
     return [mark for mark, given in ((pytest.mark.slow, "-vllm" in name), (pytest.mark.variant, name not in FAMILIES)) if given]
 
 
-TARGETS = [pytest.param(name, marks=marks(name)) for name in LOGP_TOLERANCE_NATS]
+PROFILES = shipped_profiles()
+TARGETS = [pytest.param(name, marks=marks(name)) for name in PROFILES]
+FP8_CACHES = [
+    pytest.param(name, marks=marks(name))
+    for name, profile in PROFILES.items()
+    if str(profile.engine.options.get("kv_cache_dtype", "")).startswith("fp8")
+]
 TEMPERATURES = [0.7, 1.0, 1.3]
 
 
@@ -53,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def target(request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Target:
-    model_dir = tiny_models("qwen3", max_position_embeddings=512, **MODEL_OPTIONS.get(request.param, {}))
+    model_dir = tiny_models("qwen3", max_position_embeddings=512, **model_options(request.param))
     return make_target(request.param, model_dir, tmp_path_factory.mktemp(request.param))
 
 
@@ -163,7 +174,7 @@ def test_updates_equal_a_fresh_engine_and_going_back_restores(target: Target, en
 
 
 def test_publishing_the_same_weights_twenty_times_drifts_by_nothing(target: Target, engine: Engine) -> None:
-    num_publishes = 20 if target.profile.engine.publish == "in_place" else 2
+    num_publishes = 2 if is_rebuilt(target.profile, target.folder) else 20
     sequences, prompts, sampling = random_sequences(6), random_prompts(6), Sampling(max_tokens=8, seed=9)
     scores, generations = engine.score(sequences), engine.generate(prompts, sampling)
     for weight_version in range(2, 2 + num_publishes):
@@ -237,9 +248,28 @@ def test_scores_are_those_of_the_dequantized_model(target: Target, engine: Engin
     if target.profile.name == "fake":
         pytest.skip("the fake engine runs no model")
     sequences = random_sequences(8)
-    gap = np.abs(all_logps(engine.score(sequences)) - reference_logps(target, sequences))
-    assert gap.mean() < target.tolerance / 4
+    logps = all_logps(engine.score(sequences))
+    gap = np.abs(logps - reference_logps(target, sequences))
+    assert gap.mean() < mean_limit(target.tolerance)
     assert gap.max() < 2 * target.tolerance
+    if target.profile.scheme.bits < 16:
+        unrounded = np.abs(logps - model_logps(load_reference(target.model_dir), sequences))
+        assert gap.mean() < unrounded.mean() / 2, "these might be the scores of weights that nobody rounded"
+
+
+@pytest.mark.parametrize("profile_name", FP8_CACHES)
+def test_an_fp8_cache_is_no_other_one(profile_name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    """On the model with large biases, whose keys FP8 rounds enough to see. Equal engines with equal caches have equal scores."""
+    target = make_target(profile_name, biased_model(tiny_models), tmp_path)
+    options = {**target.profile.engine.options, "kv_cache_dtype": "auto"}
+    spec = target.profile.engine.model_copy(update={"options": options})
+    sequences = random_sequences(8)
+    logps = []
+    for opened in (target, replace(target, profile=target.profile.model_copy(update={"engine": spec}))):
+        engine = opened.open()
+        logps.append(all_logps(engine.score(sequences)))
+        engine.close()
+    assert np.abs(logps[0] - logps[1]).mean() > 0.01
 
 
 def test_a_scale_changed_on_purpose_is_caught_by_the_proof(target: Target, engine: Engine, tmp_path: Path) -> None:
@@ -270,7 +300,7 @@ def test_near_certain_tokens_have_finite_logps(target: Target, engine: Engine, t
     logps = np.concatenate([generation.logps for generation in generations])
     assert np.isfinite(logps).all()
     assert logps.max() <= 1e-5
-    assert (logps > -1e-4).mean() > 0.5, "no token is near-certain: the test sees nothing"
+    assert (logps > -1e-4).mean() > 0.3, "too few tokens are near-certain: the test sees nothing"
     scores = engine.score([generation.sequence for generation in generations])
     assert np.isfinite(all_logps(scores)).all()
     # Logits of some hundreds: one step of bf16 there is a nat.
@@ -288,7 +318,7 @@ def test_weights_that_are_not_finite_never_become_a_file(target: Target, tmp_pat
 
 
 def test_a_model_with_biases_and_tied_embeddings(name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
-    check_engine(make_target(name, tiny_models("qwen2", tied=True, max_position_embeddings=512), tmp_path))
+    check_engine(make_target(name, biased_model(tiny_models, name), tmp_path))
 
 
 def on(names: list[str], always: set[str]) -> list[object]:
@@ -317,7 +347,8 @@ def check_engine(target: Target) -> None:
         sequences = random_sequences(8)
         scores = engine.score(sequences)
         if target.profile.name != "fake":
-            assert np.abs(all_logps(scores) - reference_logps(target, sequences)).mean() < target.tolerance / 4
+            gap = np.abs(all_logps(scores) - reference_logps(target, sequences))
+            assert gap.mean() < mean_limit(target.tolerance)
         engine.update(target.weights(2, 2))
         assert largest_gap(engine.score(sequences), scores) > 0.05
         engine.update(target.weights(1, 3))

@@ -16,10 +16,12 @@ MISSING = {
     "call": "def test():\n    pytest.skip('int4-onnx needs onnxruntime')\n",
     "mark": "@pytest.mark.skipif(True, reason='vllm is not installed')\ndef test():\n    pass\n",
     "fixture": "@pytest.fixture\ndef part():\n    pytest.skip('no bitsandbytes')\n\ndef test(part):\n    pass\n",
+    "target": "def test():\n    pytest.skip(\"int4-onnx cannot run here: package 'onnxruntime' is not installed\")\n",
     "file": "pytest.importorskip('no_such_engine')\n\ndef test():\n    pass\n",
 }
 PRESENT = {
     "gpu": "@pytest.mark.skipif(True, reason='needs a GPU')\ndef test():\n    pass\n",
+    "device": "def test():\n    pytest.skip('int4-onnx-cuda cannot run here: it needs a CUDA GPU, none is here; no onnxruntime')\n",
     "root": "def test():\n    pytest.skip('root may write everywhere')\n",
     "expected_failure": "@pytest.mark.xfail(reason='vllm is not installed')\ndef test():\n    raise AssertionError\n",
 }
@@ -50,13 +52,13 @@ def outcomes(folder: Path, bodies: dict[str, str], require_all: str) -> dict[str
 
 
 def test_missing_part_fails_where_everything_is_required(tmp_path: Path) -> None:
-    expected = {"body": "FAILED", "call": "FAILED", "mark": "ERROR", "fixture": "ERROR", "file": "ERROR"}
+    expected = {"body": "FAILED", "call": "FAILED", "target": "FAILED", "mark": "ERROR", "fixture": "ERROR", "file": "ERROR"}
     assert outcomes(tmp_path, MISSING, "1") == expected
     assert outcomes(tmp_path, MISSING, "0") == dict.fromkeys(MISSING, "SKIPPED")
 
 
 def test_what_no_installation_changes_may_skip(tmp_path: Path) -> None:
-    assert outcomes(tmp_path, PRESENT, "1") == {"gpu": "SKIPPED", "root": "SKIPPED", "expected_failure": "XFAIL"}
+    assert outcomes(tmp_path, PRESENT, "1") == {"gpu": "SKIPPED", "device": "SKIPPED", "root": "SKIPPED", "expected_failure": "XFAIL"}
 
 
 def test_the_test_script_requires_everything() -> None:

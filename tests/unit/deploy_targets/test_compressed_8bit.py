@@ -19,6 +19,7 @@ from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuanti
 from deploy_targets.quantizers.compressed_weights import quantize_float8, quantize_float8_blocks, quantize_int8
 from deploy_targets.weights_file import write_weights
 from tests.conftest import TinyModels
+from tests.contract.targets import rounded_per_token
 
 SHAPE = (256, 384)
 STORED: dict[str, tuple[torch.dtype, tuple[int, int]]] = {
@@ -107,11 +108,30 @@ def test_transformers_loads_the_folder(name: str, tiny_models: TinyModels, tmp_p
     assert made.offenders({key: tuple(tensor.shape) for key, tensor in tensors.items()}) == []
     write_weights(tmp_path / "model.safetensors", made.quantize(tensors.items()), 4 * len(tensors))
     made.scaffold(model_dir, tmp_path)
-    served, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, model_dir))
+    served, unrounded, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tmp_path, model_dir, model_dir)
+    )
+    for key, parameter in reference.named_parameters():
+        parameter.data = made.dequantized(key, parameter.data)
+    for key, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and made.quantizes(f"{key}.weight"):
+            module.register_forward_pre_hook(lambda module, inputs: (rounded_activations(name, inputs[0]),))
     tokens = torch.randint(3, 36, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        gap = (served(tokens).logits.log_softmax(-1) - reference(tokens).logits.log_softmax(-1)).abs().float()
-    assert 0 < gap.mean() < 0.1
+        logps, reference_logps, unrounded_logps = (model(tokens).logits.log_softmax(-1) for model in (served, reference, unrounded))
+    gap, gap_unrounded = (logps - reference_logps).abs().mean(), (logps - unrounded_logps).abs().mean()
+    assert gap < gap_unrounded / 10
+
+
+def rounded_activations(scheme: str, activations: torch.Tensor) -> torch.Tensor:
+    """What transformers multiplies with: the grid has one scale for each token, FP8_BLOCK one for each 128 channels of it."""
+    if scheme == "FP8_DYNAMIC":
+        return rounded_per_token(scheme, activations)
+    if scheme == "FP8_BLOCK":
+        return rounded_per_token("FP8_DYNAMIC", activations.unflatten(-1, (-1, 128))).flatten(-2)
+    # compressed-tensors spans -128 to 127 evenly, kernels -127 to 127.
+    scale = activations.abs().amax(-1, keepdim=True) / 127.5
+    return (activations / scale).round().clamp(-128, 127) * scale
 
 
 @pytest.mark.parametrize(

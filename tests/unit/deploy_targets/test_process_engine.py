@@ -23,6 +23,7 @@ from deploy_targets.errors import ArtifactError, EngineError, ProfileError, Unkn
 from deploy_targets.profile import EngineSpec, TargetProfile, load_profile
 from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFile
 from tests.conftest import TinyModels
+from tests.plugins import lay_out, python_path
 
 PROMPTS = [[5, 6, 7], [8], [8], [30, 29]]
 SEQUENCES = [TokenSequence((5, 6, 7, 8), 1), TokenSequence((9, 10, 11), 2)]
@@ -124,6 +125,31 @@ def test_a_long_log_is_read_at_its_end_alone(engine: ProcessEngine, folder: Path
     lines = engine._log_tail().splitlines()
     assert len(lines) == 17
     assert lines[-1].strip() == "line 19999 \u00e4"
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [("os._exit(7)", "exit code 7"), ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"), ("os.abort()", "killed by SIGABRT")],
+)
+def test_an_engine_that_dies_while_loading_shows_its_last_lines(
+    end: str, said: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"""
+import os, signal
+
+class Dying:
+    def __init__(self, artifact_dir, options, weight_version):
+        for number in range(100):
+            print("reading tensor", number, flush=True)
+        {end}
+"""
+    site = lay_out(tmp_path, "dying", {"dying.py": module}, engines="dying = dying:Dying")
+    monkeypatch.setenv("PYTHONPATH", python_path(site))
+    with pytest.raises(EngineError, match=rf"died during 'start' \({said}\)") as caught:
+        ProcessEngine(fake_profile("dying"), folder, 1)
+    shown = str(caught.value).partition("Its last lines:")[2].split("\n  ")[1:]
+    assert shown[-3:] == ["reading tensor 97", "reading tensor 98", "reading tensor 99"]
+    assert 3 <= len(shown) < 30
 
 
 def test_a_killed_engine_is_an_error_that_says_so(engine: ProcessEngine) -> None:
