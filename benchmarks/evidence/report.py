@@ -99,7 +99,7 @@ def accuracy_table(runs: Sequence[Run]) -> list[str]:
 
 def difference_table(runs: Sequence[Run]) -> list[str]:
     """Our arms less the best rival of the same task and target, in points of deployed accuracy, paired by seed."""
-    lines = [_row(["task, target", "best rival", "arm", "difference", "gap at equal reward / floor", "learner time"]), _row(["---"] * 6)]
+    lines = [_row(["task, target", "best rival", "arm", "difference", "gap at equal reward / floor"]), _row(["---"] * 5)]
     for task, target in places(runs):
         here = [run for run in runs if (run["task"], run["target"]) == (task, target) and run["arm"] != "control"]
         by_arm: dict[str, dict[int, Run]] = {}
@@ -117,10 +117,9 @@ def difference_table(runs: Sequence[Run]) -> list[str]:
             difference = Estimate.of([ours["deployed_accuracy"] - rival["deployed_accuracy"] for ours, rival in pairs])
             gaps = [gap_at_equal_reward(pair) for pair in pairs]
             ours, theirs = (Estimate.of([gap[side] for gap in gaps]) for side in (0, 1))
-            time = statistics.mean(ours["learner_s"] / rival["learner_s"] for ours, rival in pairs)
             row = [f"{task}, {target}", f"`{best}` {rivals[best].text(100)}", f"`{arm}`", difference.text(100, sign="+")]
             gap = f"{ours.mean:.2f}" + ("" if math.isnan(theirs.mean) else f" against {theirs.mean:.2f}")
-            lines.append(_row([*row, gap, f"{time:.2f} x"]))
+            lines.append(_row([*row, gap]))
     return lines
 
 

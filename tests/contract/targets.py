@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +17,19 @@ from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.protocols import CalibratedQuantizer, Engine, FileQuantizer, Quantizer
 from deploy_targets.quantizers.compressed_weights import quantize_float8, quantize_int8
+from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, TokenScores, TokenSequence, WeightFile
 from deploy_targets.weights_file import weights_name, write_version, write_weights
+from hetero_rl.learner.attention import register
 from tests.conftest import TinyModels
 from tests.skips import skip_unless_it_runs_here
 
 MAX_MODEL_LEN = 48
 LOGP_TOLERANCE_NATS = {
     "fake": 1e-5,
-    "bf16-vllm-fp8kv": 0.2,
     "fp8-vllm": 0.2,
     "fp8-block-vllm": 0.2,
-    "int4-vllm-fp8kv": 0.2,
     "int4-onnx": 1e-3,
     "int8-onnx": 1e-3,
     "fp32-onnx": 1e-3,
@@ -219,21 +220,24 @@ def reference_logps(target: Target, sequences: list[TokenSequence]) -> NDArray[n
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and target.quantizer.quantizes(f"{name}.weight"):
                 module.register_forward_pre_hook(lambda module, inputs: (rounded_per_token(scheme, inputs[0]),))
-    return model_logps(model, sequences)
+    rounding = cache_rounding(target.profile)
+    if rounding is None:
+        return model_logps(model, sequences)
+    model.set_attn_implementation(register())
+    return model_logps(model, sequences, cache_rounding=rounding)
 
 
-def load_reference(model_dir: Path) -> torch.nn.Module:
+def load_reference(model_dir: Path) -> Any:
     """transformers' model in float32, with the weights as they were before anything was rounded."""
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    return model
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
-def model_logps(model: torch.nn.Module, sequences: list[TokenSequence]) -> NDArray[np.float32]:
-    """The log-probs of all responses, one after the other; each sequence is computed alone."""
+def model_logps(model: Any, sequences: list[TokenSequence], **arguments: Any) -> NDArray[np.float32]:
+    """The log-probs of all responses, one after the other; each sequence is computed alone, with `arguments` for the model."""
     logps = []
     for sequence in sequences:
         with torch.no_grad():
-            log_probs = torch.log_softmax(model(torch.tensor([sequence.tokens])).logits[0], dim=-1)
+            log_probs = torch.log_softmax(model(torch.tensor([sequence.tokens]), use_cache=False, **arguments).logits[0], dim=-1)
         given = torch.tensor(sequence.tokens[sequence.prompt_len :])
         logps.append(log_probs[sequence.prompt_len - 1 : -1].gather(1, given[:, None])[:, 0].numpy())
     return np.concatenate(logps)
