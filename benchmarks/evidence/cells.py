@@ -80,13 +80,13 @@ class TaskSetup:
 
 
 TASKS = {
-    "addition": TaskSetup(None, ("task.digits=3", "loop.max_response_tokens=8", "learner.lr=2e-4")),
+    "addition": TaskSetup(None, ("task.digits=3", "loop.max_response_tokens=8", "learner.lr=1e-4")),
     "expression": TaskSetup("3M", ("task.reward=benchmarks.evidence.tasks:last_step", "loop.max_response_tokens=40", "learner.lr=1e-4")),
     "sorting": TaskSetup("3M", ("task.reward=exact", "loop.max_response_tokens=28", "learner.lr=1e-4")),
 }
 COMMON = (
-    "loop.num_steps=100", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
-    "evaluation.every_steps=20", "evaluation.num_problems=500", "evaluation.num_final_problems=1000", "checkpoint.every_steps=100",
+    "loop.num_steps=160", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
+    "evaluation.every_steps=40", "evaluation.num_problems=500", "evaluation.num_final_problems=1000", "checkpoint.every_steps=160",
 )  # fmt: skip
 
 
