@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from deploy_targets.engines.requests import (
     check_layout,
@@ -94,12 +94,15 @@ class TransformersEngine:
         self._open_model()
         check_layout(self._layout, weights.path)
         with _failures(f"read {weights.path}, nothing was changed"):
-            tensors = load_file(weights.path)
-            install = None if self._quantized is None else self._quantized.prepare(tensors)
+            file: Any = safe_open(weights.path, "pt")
+            install = None
+            if self._quantized is not None:
+                install = self._quantized.prepare({name: file.get_tensor(name) for name in self._layout if self._quantized.owns(name)})
         try:
+            # One tensor at a time: a second copy of the model would be the most memory that a publish takes.
             with _failures(f"take over {weights.path} and was shut down"), torch.no_grad():
                 for name, parameter in self._parameters.items():
-                    parameter.copy_(tensors[name])
+                    parameter.copy_(file.get_tensor(name))
                 if install is not None:
                     install()
         except EngineError:
