@@ -196,7 +196,7 @@ def test_empty_dataset(tmp_path: Path) -> None:
 def test_reward_function_that_misbehaves_shows_the_sample(tmp_path: Path, body: str, fragments: tuple[str, ...]) -> None:
     write(tmp_path / "my_rewards.py", f"def judge(prompts, completions, **columns):\n    {body}\n")
     settings = with_settings(*SHORT_RUN, "task.type=dataset", f"task.path={dataset(tmp_path, ROWS)}", "task.reward=my_rewards:judge")
-    result = hetero_rl("train", "--target", "fake", *settings, "--run-dir", "run", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    result = hetero_rl("train", *settings, "--run-dir", "run", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     fails(result, 1, "my_rewards:judge", *fragments)
 
 
