@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from deploy_targets.profile import load_profile
+from deploy_targets.protocols import Quantizer
 from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer
+from deploy_targets.quantizers.kv_cache import CacheRounding
 from deploy_targets.types import TokenSequence
+from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.types import TrainSequence
 
@@ -20,6 +23,22 @@ MakeLearner = Callable[..., Learner]
 
 def quantizer_for(model_dir: Path) -> CompressedTensorsQuantizer:
     return CompressedTensorsQuantizer(load_profile("int4-vllm").scheme, json.loads((model_dir / "config.json").read_text()))
+
+
+def unconstrained(model_dir: Path, quantizer: Quantizer, cache_rounding: CacheRounding | None = None, **options: object) -> Learner:
+    """A learner without a signal; `options` are its `[learner]` table. The caller closes it."""
+    return Learner(
+        model_dir,
+        quantizer,
+        LearnerConfig.model_validate(options),
+        AlgorithmConfig(),
+        ConstraintConfig(signal="off"),
+        temperature=1.0,
+        num_updates=9,
+        max_response_tokens=9,
+        seed=0,
+        cache_rounding=cache_rounding,
+    )
 
 
 def sequences(num: int = 12, seed: int = 0, longest: int = 9) -> list[TrainSequence]:

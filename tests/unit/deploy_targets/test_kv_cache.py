@@ -12,7 +12,11 @@ from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.hardware import find_gpus
 from deploy_targets.profile import load_profile
 from deploy_targets.quantizers.kv_cache import cache_rounding, cut_float8, round_float8
+from deploy_targets.types import TokenSequence
 from deploy_targets.weights_file import weights_name, write_version
+from hetero_rl.model import resolve_model
+from hetero_rl.publish import probabilities
+from tests.learners import unconstrained
 
 
 def values() -> torch.Tensor:
@@ -40,17 +44,10 @@ def test_caches_that_hold_what_they_are_given() -> None:
 
 def test_the_engine_reads_what_the_twin_reads(tmp_path: Path) -> None:
     """vLLM with an FP8 cache agrees with the twin much better than with the learner, and than with the other way of rounding."""
-    from deploy_targets.types import TokenSequence
-    from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
-    from hetero_rl.learner.deepspeed_learner import Learner
-    from hetero_rl.model import resolve_model
-    from hetero_rl.publish import probabilities
 
     profile, model_dir = load_profile("bf16-vllm-fp8kv"), resolve_model("demo")
     quantizer = make_quantizer(profile, model_dir)
-    algorithm, constraint = AlgorithmConfig(), ConstraintConfig(signal="off")
-    fixed = {"temperature": 1.0, "num_updates": 1, "max_response_tokens": 9, "seed": 0}
-    learner = Learner(model_dir, quantizer, LearnerConfig(), algorithm, constraint, cache_rounding=cache_rounding(profile), **fixed)  # type: ignore[arg-type]
+    learner = unconstrained(model_dir, quantizer, cache_rounding(profile))
     generator = np.random.default_rng(0)
     sequences = [TokenSequence(tuple(generator.integers(20, 60, 24).tolist()), 4) for _ in range(40)]
     folder = tmp_path / "serving"

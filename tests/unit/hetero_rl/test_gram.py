@@ -10,26 +10,13 @@ import torch
 
 from deploy_targets.quantizers.compressed_tensors import CompressedTensorsQuantizer
 from deploy_targets.types import TokenSequence
-from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
 from tests.conftest import TinyModels
-from tests.learners import as_sequences, quantizer_for, sequences
+from tests.learners import as_sequences, quantizer_for, sequences, unconstrained
 
 
 def make(model_dir: Path, max_tokens: int, quantizer: CompressedTensorsQuantizer | None = None) -> Learner:
-    config = LearnerConfig(tokens_per_micro_batch=max_tokens, compute_dtype="float32")
-    quantizer = quantizer or quantizer_for(model_dir)
-    return Learner(
-        model_dir,
-        quantizer,
-        config,
-        AlgorithmConfig(),
-        ConstraintConfig(signal="off"),
-        temperature=1.0,
-        num_updates=1,
-        max_response_tokens=9,
-        seed=0,
-    )
+    return unconstrained(model_dir, quantizer or quantizer_for(model_dir), tokens_per_micro_batch=max_tokens, compute_dtype="float32")
 
 
 @pytest.fixture

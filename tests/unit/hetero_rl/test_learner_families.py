@@ -15,14 +15,12 @@ from deploy_targets.errors import UsageError
 from deploy_targets.profile import load_profile
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence
-from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner import attention
-from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.learner.fake_quant import TwinExperts, add_twin, twin
 from hetero_rl.learner.model import load_causal_lm, stored_tensors
 from hetero_rl.publish import Publisher
 from tests.conftest import TinyModels
-from tests.learners import MakeLearner, as_sequences, quantizer_for, sequences
+from tests.learners import MakeLearner, as_sequences, quantizer_for, sequences, unconstrained
 
 FAMILIES = ["phi3", "qwen3_moe"]
 
@@ -101,18 +99,8 @@ def test_experts_that_are_kept_have_no_twin(tiny_models: TinyModels) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_is_published_and_proven(family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     folder, profile = tiny_models(family), load_profile("bf16-transformers")
-    quantizer, config = make_quantizer(profile, folder), LearnerConfig(lr=1e-3, warmup_steps=0)
-    learner = Learner(
-        folder,
-        quantizer,
-        config,
-        AlgorithmConfig(),
-        ConstraintConfig(signal="off"),
-        temperature=1.0,
-        num_updates=9,
-        max_response_tokens=9,
-        seed=0,
-    )
+    quantizer = make_quantizer(profile, folder)
+    learner = unconstrained(folder, quantizer, lr=1e-3, warmup_steps=0)
     probes = [TokenSequence(tuple(range(3 + i, 15 + i)), 4) for i in range(8)]
     publisher = Publisher(learner, quantizer, profile, folder, tmp_path / "serving")
     try:

@@ -15,11 +15,10 @@ from deploy_targets.errors import EngineError, ProofError, WeightsError
 from deploy_targets.profile import load_profile
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
 from deploy_targets.weights_file import sha256_of, write_version
-from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
-from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.publish import Publisher, evenly
 from hetero_rl.types import TrainSequence
 from tests.conftest import TinyModels
+from tests.learners import unconstrained
 
 PROBES = [TokenSequence(tuple(range(3 + i, 15 + i)), 4) for i in range(8)]
 
@@ -29,18 +28,7 @@ def publisher(tiny_models: TinyModels, tmp_path: Path, request: pytest.FixtureRe
     """Parametrized by its learning rate."""
     model_dir, profile = tiny_models("qwen3"), load_profile("int4-onnx")
     quantizer = make_quantizer(profile, model_dir)
-    config = LearnerConfig(lr=getattr(request, "param", 1e-2), warmup_steps=0)
-    learner = Learner(
-        model_dir,
-        quantizer,
-        config,
-        AlgorithmConfig(),
-        ConstraintConfig(signal="off"),
-        temperature=1.0,
-        num_updates=9,
-        max_response_tokens=9,
-        seed=0,
-    )
+    learner = unconstrained(model_dir, quantizer, lr=getattr(request, "param", 1e-2), warmup_steps=0)
     publisher = Publisher(learner, quantizer, profile, model_dir, tmp_path / "serving")
     publisher.calibrate(PROBES)
     yield publisher
