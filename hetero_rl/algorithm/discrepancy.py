@@ -22,8 +22,8 @@ http://joschu.net/blog/kl-approx.html with q = mu, p = pi; chi2 is the variance 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -148,24 +148,23 @@ class MeasureSums:
 
 
 @dataclass(frozen=True, slots=True)
-class GapSums:
-    """Sums over the tokens of one part of a batch; they add, so that means do not depend on how it was cut."""
+class Sums:
+    """Base of sums over the tokens of one part of a batch; they add field by field, so that means do not depend on how it was cut."""
+
+    def __add__(self, other: Self) -> Self:
+        """Sums over both parts."""
+        return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class GapSums(Sums):
+    """The two parts of the gap and the k3 KL, summed over the tokens with a finite engine log-prob; and the numbers of tokens."""
 
     engine_gap: float = 0.0
     staleness_gap: float = 0.0
     kl_k3: float = 0.0
     num_tokens: int = 0
     num_nonfinite: int = 0
-
-    def __add__(self, other: GapSums) -> GapSums:
-        """Sums over both parts."""
-        return GapSums(
-            self.engine_gap + other.engine_gap,
-            self.staleness_gap + other.staleness_gap,
-            self.kl_k3 + other.kl_k3,
-            self.num_tokens + other.num_tokens,
-            self.num_nonfinite + other.num_nonfinite,
-        )
 
     def mean(self, total: float) -> float:
         """`total` per counted token; NaN when none was counted."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetero_rl.algorithm import signals
 from hetero_rl.algorithm.corrections import correction_weights, effective_share
-from hetero_rl.algorithm.discrepancy import GapSums, split_gap
+from hetero_rl.algorithm.discrepancy import GapSums, Sums, split_gap
 from hetero_rl.algorithm.losses import policy_loss
 from hetero_rl.algorithm.segments import Segments
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig
@@ -21,8 +21,8 @@ from hetero_rl.types import TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
-class LossSums:
-    """Sums over the tokens of one part of a batch; they add, so that means do not depend on how it was cut."""
+class LossSums(Sums):
+    """What an update minimised and saw, summed over tokens."""
 
     policy_loss: float = 0.0
     cost: float = 0.0
@@ -31,18 +31,6 @@ class LossSums:
     weights: float = 0.0
     squared_weights: float = 0.0
     gap: GapSums = field(default_factory=GapSums)
-
-    def __add__(self, other: LossSums) -> LossSums:
-        """Sums over both parts."""
-        return LossSums(
-            self.policy_loss + other.policy_loss,
-            self.cost + other.cost,
-            self.entropy_nats + other.entropy_nats,
-            self.num_clipped + other.num_clipped,
-            self.weights + other.weights,
-            self.squared_weights + other.squared_weights,
-            self.gap + other.gap,
-        )
 
     def mean(self, total: float) -> float:
         """`total` per token with a finite engine log-prob; NaN where there is none."""
