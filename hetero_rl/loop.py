@@ -51,7 +51,7 @@ class TrainResult:
 
 def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View, inputs: Inputs, *, resume: bool = False) -> TrainResult:
     """Train, publish after every step, export at the end; Ctrl-C finishes the step, saves a checkpoint and returns."""
-    loop = config.loop
+    loop, gate = config.loop, config.loop.publish_gate
     with ExitStack() as stack:
         parts = assemble(config, profile, run.serving, view, stack, inputs, newest_checkpoint(run) if resume else None)
         task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
@@ -83,7 +83,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if snapshot is not None:
                 sequences = with_old_logp(learner, snapshot, sequences)
             multiplier = state.dual.multiplier
-            masters = learner.masters() if loop.publish_gate is not None else None
+            masters = {} if gate is None else learner.masters()
             update = learner.update(sequences, multiplier)
             gap = update.sums.gap
             dual = dual_step(state.dual, gap.mean(gap.engine_gap), dual_config, rollouts.mean_reward)
@@ -93,9 +93,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
                 proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
-                if loop.publish_gate is not None and masters is not None:
-                    rejected = engine_gap(parts, rollouts.sequences) > loop.publish_gate * gap.mean(gap.engine_gap)
-                if rejected and masters is not None:
+                rejected = gate is not None and engine_gap(parts, rollouts.sequences) > gate * gap.mean(gap.engine_gap)
+                if rejected:
                     learner.restore(masters)
                     version += 1
                     proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
