@@ -18,6 +18,7 @@ from hetero_rl.algorithm.kinds import (
     CENTERED,
     DEFAULT_BOUNDS,
     DEFAULT_CLIPS,
+    PAIRED,
     AdvantageKind,
     Bounds,
     Centered,
@@ -26,6 +27,7 @@ from hetero_rl.algorithm.kinds import (
     GreyBoxForm,
     Normalization,
     PolicyLoss,
+    Signal,
 )
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
 
@@ -166,14 +168,14 @@ class AlgorithmConfig(_Table):
 class ConstraintConfig(_Table):
     """`[constraint]`: the bound on the discrepancy and how it is enforced."""
 
-    signal: Literal["off", "grey_box", "loss", "advantage"] = "grey_box"
+    signal: Signal = "grey_box"
     """How the penalty reaches the gradient (docs/algorithm.md); `off` only measures."""
     grey_box_form: GreyBoxForm = "kl"
-    """`kl`: over the whole vocabulary; `top`: over the twin's 16 most probable tokens and the rest; `sampled`: abs(dp) of the sampled
-    token."""
+    """Of `grey_box` and `flatness`. `kl`: over the whole vocabulary; `top`: over the twin's 16 most probable tokens and the rest;
+    `sampled`: abs(dp) of the sampled token."""
     grey_box_share: float = Field(1.0, gt=0, le=1)
-    """Share of the prompts on which the grey box is computed at each update, in turns; its cost is scaled up to the batch. The twin's
-    forward and backward pass costs in proportion."""
+    """Share of the prompts on which `grey_box` or `flatness` is computed at each update, in turns; its cost is scaled up to the batch.
+    The twin's forward and backward pass costs in proportion."""
     tolerance: float = Field(1.0, gt=0)
     """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
     tolerance_unit: Literal["floor", "absolute"] = "floor"
@@ -194,7 +196,8 @@ class ConstraintConfig(_Table):
     lambda_init: float = Field(1.0, ge=0)
     """Multiplier at the first step; `lambda_max` bounds it."""
     lambda_max: float | None = Field(None, gt=0)
-    """Projection bound; unset: 4.0 for `grey_box`, 0.3 for the signals that hold the engine constant and can destroy a run."""
+    """Projection bound; unset: 4.0 for `grey_box` and `flatness`, 0.3 for the signals that hold the engine constant and can destroy a
+    run."""
     eta: float = Field(0.1, gt=0)
     """Step of the dual ascent per unit of relative violation."""
     ema: float = Field(0.9, ge=0, lt=1)
@@ -215,7 +218,7 @@ class ConstraintConfig(_Table):
         """`lambda_max`, or the default of the signal."""
         if self.lambda_max is not None:
             return self.lambda_max
-        return 4.0 if self.signal == "grey_box" else 0.3
+        return 4.0 if self.signal in PAIRED else 0.3
 
 
 class LoopConfig(_Table):
@@ -287,6 +290,24 @@ class RunConfig(_Table):
         """A learner that runs the rounded weights itself has no drift that its twin knows of."""
         if self.algorithm.score_centering and self.learner.forward == "fake_quant":
             raise ValueError("algorithm.score_centering has nothing to centre where learner.forward = 'fake_quant'; use one of them")
+        return self
+
+    @model_validator(mode="after")
+    def noise_is_about_the_bf16_weights(self) -> RunConfig:
+        """With flatness the twin's errors are random: nothing that wants the target's own can use it."""
+        users = [
+            name
+            for name, used in (
+                ("learner.forward = 'fake_quant'", self.learner.forward == "fake_quant"),
+                ("algorithm.score_centering", self.algorithm.score_centering),
+            )
+            if used
+        ]
+        if self.constraint.signal == "flatness" and users:
+            raise ValueError(
+                f"constraint.signal = 'flatness' gives the rounding errors random signs, and {' and '.join(users)} needs the target's own; "
+                "use constraint.signal = 'grey_box'"
+            )
         return self
 
     @model_validator(mode="after")

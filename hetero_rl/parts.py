@@ -10,6 +10,7 @@ from deploy_targets.catalog import is_rebuilt, make_quantizer
 from deploy_targets.profile import TargetProfile
 from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
+from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.checkpoint import LoopState, checkpoints, load_state
 from hetero_rl.config import RunConfig
 from hetero_rl.inputs import Inputs as Inputs
@@ -71,9 +72,9 @@ def assemble(
     )
     stack.callback(learner.close)
     view.phase(f"the learner computes in {learner.compute_dtype}{', responses share their prompt' if learner.packed else ''}")
-    if config.constraint.signal == "grey_box" and not learner.has_twin:
+    if config.constraint.signal in PAIRED and not learner.has_twin:
         view.warn(
-            f"target {profile.name!r} quantizes no layer: constraint.signal = 'grey_box' has no twin to pull on, "
+            f"target {profile.name!r} quantizes no layer: constraint.signal = {config.constraint.signal!r} has no twin to pull on, "
             "so the gap is only measured"
         )
     if checkpoint is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.config import RunConfig
 
 
@@ -16,7 +17,7 @@ def recipe_line(config: RunConfig) -> str:
         parts.append("a learner that computes with the rounded weights")
     if constraint.signal == "off":
         return ", ".join([*parts, "the gap measured and not bounded"])
-    form = f" ({constraint.grey_box_form})" if constraint.signal == "grey_box" else ""
+    form = f" ({constraint.grey_box_form})" if constraint.signal in PAIRED else ""
     first = min(constraint.lambda_init, constraint.multiplier_cap)
     if constraint.controller == "fixed":
         return ", ".join([*parts, f"signal {constraint.signal}{form} with lambda {first:g}"])

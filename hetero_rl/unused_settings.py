@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.config import RunConfig
 
 CONTROLLER = ("eta", "patience", "kp", "kd", "reward_window")
@@ -27,7 +28,7 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
         for name in ("kp", "kd"):
             if name in constraint.model_fields_set:
                 yield f"constraint.{name} has no effect: constraint.controller is 'dual'"
-    if constraint.signal != "grey_box":
+    if constraint.signal not in PAIRED:
         for name in ("grey_box_form", "grey_box_share"):
             if name in constraint.model_fields_set:
                 yield f"constraint.{name} has no effect: constraint.signal is {constraint.signal!r}"

@@ -52,5 +52,8 @@ DEFAULT_CLIPS: dict[PolicyLoss, ClipRange] = {
 }
 """Published starting points: DAPO's, GSPO's, a CISPO without a lower bound, and DPPO's threshold of the total variation."""
 
+Signal = Literal["off", "grey_box", "flatness", "loss", "advantage"]
+PAIRED: tuple[Signal, ...] = ("grey_box", "flatness")
+"""Signals that run the learner's twin beside it."""
 GreyBoxForm = Literal["kl", "top", "sampled"]
 """Of `signals.grey_box_cost`."""

@@ -1,4 +1,4 @@
-"""How the constraint reaches the gradient: three signals, all scaled by the multiplier lambda.
+"""How the constraint reaches the gradient: four signals, all scaled by the multiplier lambda.
 
 With theta the learner's weights, pi the learner, mu the engine and mu_theta the learner run with straight-through
 fake-quantized weights (its *twin*):
@@ -6,11 +6,16 @@ fake-quantized weights (its *twin*):
 | signal | cost per token | gradient |
 | --- | --- | --- |
 | grey box (ours) | KL(mu_theta || pi_theta) | through the twin AND the learner |
+| flatness | KL(pi_(theta + xi) || pi_theta), xi the rounding errors at random signs | through both |
 | loss side (the paper's, arXiv 2606.08779) | abs(p_pi(y) - p_mu(y)) | through the learner; mu is a constant |
 | advantage side (the paper's) | A_t - lambda abs(p_pi(y) - p_mu(y)) | none of its own; it reshapes the advantage |
 
 Why the grey box is the default: on coarse grids the engine's weights follow the learner's, so pulling the learner towards
 a constant mu moves mu as well and the gap does not fall. With both sides live the penalty is a descent direction.
+
+Flatness asks for a policy that errors of the target's size cannot move, wherever on the grid the weights lie: pseudo
+quantization noise (Defossez et al., arXiv 2104.09987) as a penalty. Its expectation over xi is half the errors' variance
+times the trace of the Fisher matrix, to second order; one draw per update has the variance of a quadratic form in signs.
 """
 
 from __future__ import annotations

@@ -53,16 +53,3 @@ def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floo
     A target of 8 or more bits has a floor that the arithmetic of another CPU exceeds; nothing is served better by holding it.
     """
     return max(value * floor.mean, least) if unit == "floor" else value
-
-
-def remeasured_floor(old: Floor, new: Floor) -> Floor:
-    """The floor to go on with after a second measurement: `new` where the two intervals are disjoint, else `old`.
-
-    A difference within both intervals is noise, and a tolerance that follows noise jitters. There is no running average on
-    purpose: during a run the gap of the same weights IS the engine gap that the constraint acts on, so that a tolerance in
-    units of its average would follow it, tighter the better the constraint works and looser the worse. Measure again only
-    where lambda is 0 or where an arithmetic changed: another engine, hardware or learner dtype.
-
-    Bias: towards `old` by at most the width of the intervals. Variance: none while the intervals meet.
-    """
-    return old if new.low <= old.high and old.low <= new.high else new

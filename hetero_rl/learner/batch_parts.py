@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.kinds import PAIRED, GreyBoxForm
 from hetero_rl.config import ConstraintConfig
 from hetero_rl.types import TrainSequence
 
@@ -28,7 +28,7 @@ def split_batch(sequences: Sequence[TrainSequence], constraint: ConstraintConfig
     teach when none would: DeepSpeed takes no step without a backward pass.
     """
     at_work = constraint.signal != "off" and multiplier > 0.0
-    form = constraint.grey_box_form if constraint.signal == "grey_box" and at_work else None
+    form = constraint.grey_box_form if constraint.signal in PAIRED and at_work else None
     share = constraint.grey_box_share if form is not None else 0.0
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(sequence.prompt for sequence in sequences))}
     paired, teaching, silent = [], [], []

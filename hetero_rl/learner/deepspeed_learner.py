@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deploy_targets.protocols import Quantizer
 from deploy_targets.quantizers.kv_cache import CacheRounding
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import TokenSequence
+from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.algorithm.losses import response_scales
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
@@ -26,12 +28,15 @@ from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
-from hetero_rl.learner.fake_quant import add_twin
+from hetero_rl.learner.fake_quant import add_twin, random_errors
 from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
 from hetero_rl.types import TrainSequence
+
+NOISE_SEEDS = 1_000_003
+"""Of a run: more than it has updates, so that two runs draw different noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Learner:
         """
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
         self._max_response_tokens = max_response_tokens
+        self._seed = seed
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
         check_head(lm)
@@ -82,7 +88,7 @@ class Learner:
         compute_dtype = choose_dtype(learner.compute_dtype, lm)
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
         # Where only the proof of a publish runs the twin, and that once, it is not worth a second copy of the model.
-        keep = constraint.signal == "grey_box" or learner.forward == "fake_quant" or algorithm.score_centering
+        keep = constraint.signal in PAIRED or learner.forward == "fake_quant" or algorithm.score_centering
         self.twins = add_twin(lm, quantizer, self._stored, keep=keep)
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
@@ -145,11 +151,25 @@ class Learner:
         )
 
     def _step(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
-        """Accumulate the gradient of one batch over its micro-batches, then one optimizer step."""
+        """One optimizer step on one batch."""
         lengths = [int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences]
         num_tokens = max(1, sum(lengths))
         scales = response_scales(lengths, self.algorithm.normalization, self._max_response_tokens)
         sequences = [replace(sequence, loss_scale=scale) for sequence, scale in zip(sequences, scales, strict=True)]
+        seed = self._seed * NOISE_SEEDS + self._num_updates
+        with random_errors(self.twins, seed) if self.constraint.signal == "flatness" else nullcontext():
+            sums = self._backward(sequences, num_tokens, multiplier)
+        lr = float(self._engine.get_lr()[0])
+        self._engine.step()
+        self.forget_twins()
+        self._num_updates += 1
+        num_skipped = 0 if self._engine.was_step_applied() else 1
+        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        self._count_skips(num_skipped, grad_norm, (sums.policy_loss + sums.cost) / num_tokens)
+        return UpdateStats(sums, grad_norm, lr, num_skipped)
+
+    def _backward(self, sequences: Sequence[TrainSequence], num_tokens: int, multiplier: float) -> LossSums:
+        """Accumulate the gradient of the objective's mean over `num_tokens`; returns what it summed."""
         sums = LossSums()
         for part in split_batch(sequences, self.constraint, multiplier, self._num_updates):
             beside = Beside(part.grey_box, self.algorithm.centering if part.with_gradient else None)
@@ -161,14 +181,7 @@ class Learner:
                     if part.with_gradient:
                         self._engine.backward(loss / num_tokens)
                     sums = sums + found
-        lr = float(self._engine.get_lr()[0])
-        self._engine.step()
-        self.forget_twins()
-        self._num_updates += 1
-        num_skipped = 0 if self._engine.was_step_applied() else 1
-        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._count_skips(num_skipped, grad_norm, (sums.policy_loss + sums.cost) / num_tokens)
-        return UpdateStats(sums, grad_norm, lr, num_skipped)
+        return sums
 
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""

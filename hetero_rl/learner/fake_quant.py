@@ -26,13 +26,14 @@ class _Twin(nn.Module):
     inputs_rounded_by: ActivationQuantizer | None
     as_twin: bool
     keep: bool
+    noise_seed: int | None
     _rounded: Tensor | None
 
     def adopt(self, weight_name: str, quantizer: Quantizer, keep: bool) -> None:
         """Become the twin of the weight that a checkpoint calls `weight_name`."""
         self.inputs_rounded_by = quantizer if isinstance(quantizer, ActivationQuantizer) and quantizer.rounds_inputs else None
         self.weight_name, self.quantizer, self.keep = weight_name, quantizer, keep
-        self.as_twin, self._rounded = False, None
+        self.as_twin, self.noise_seed, self._rounded = False, None, None
 
     def active_weight(self) -> Tensor:
         """The weight, or inside `twin(...)` the values the target computes with, which `keep` holds until `forget`."""
@@ -41,7 +42,9 @@ class _Twin(nn.Module):
         return straight_through(self.weight, self._round)
 
     def _round(self, weight: Tensor) -> Tensor:
-        rounded = self.quantizer.dequantized(self.weight_name, weight) if self._rounded is None else self._rounded
+        rounded = self._rounded
+        if rounded is None:
+            rounded = with_random_signs(weight, self.quantizer.dequantized(self.weight_name, weight), self.noise_seed)
         self._rounded = rounded if self.keep else None
         return rounded
 
@@ -92,6 +95,7 @@ class TwinExperts(nn.Module):
         self._experts = (experts,)
         self.weight_names, self.quantizer, self.stored, self.keep = weight_names, quantizer, stored, keep
         self.as_twin = False
+        self.noise_seed: int | None = None
         self._rounded: dict[str, Tensor] = {}
         for name, parameter in experts.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
@@ -111,7 +115,7 @@ class TwinExperts(nn.Module):
         if rounded is None:
             rounded = weight.detach().clone()
             for saved_name, view in saved_views(self.weight_names[name], rounded, self.stored):
-                view.copy_(self.quantizer.dequantized(saved_name, view))
+                view.copy_(with_random_signs(view, self.quantizer.dequantized(saved_name, view), self.noise_seed))
         if self.keep:
             self._rounded[name] = rounded
         return rounded
@@ -168,3 +172,27 @@ def twin(layers: list[TwinLayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.as_twin = False
+
+
+@contextmanager
+def random_errors(layers: list[TwinLayer], seed: int) -> Iterator[None]:
+    """Within the block, the twin's rounding errors have random signs, drawn from `seed`: noise of the target's own size."""
+    for layer in layers:
+        layer.forget()
+        layer.noise_seed = seed
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.forget()
+            layer.noise_seed = None
+
+
+def with_random_signs(weight: Tensor, rounded: Tensor, seed: int | None) -> Tensor:
+    """`rounded` without a seed, else weight + s (rounded - weight), s = -1 or 1 for each element; shape and dtype of `weight`."""
+    if seed is None:
+        return rounded
+    # The shape, too, chooses the draw; layers of one shape share their signs, which their errors do not.
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    signs = torch.randint(0, 2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8).to(weight.dtype)
+    return weight + (2 * signs - 1) * (rounded - weight)

@@ -9,7 +9,7 @@ import torch
 from deploy_targets.errors import EngineError
 from hetero_rl.algorithm.kinds import GreyBoxForm
 from hetero_rl.algorithm.signals import advantage_side, grey_box_cost, grey_box_kl, grey_box_sampled, grey_box_top, loss_side_cost
-from hetero_rl.algorithm.tolerance import Floor, measure_floor, remeasured_floor, tolerance_from
+from hetero_rl.algorithm.tolerance import Floor, measure_floor, tolerance_from
 
 NAN = float("nan")
 
@@ -103,10 +103,3 @@ class TestTolerance:
         assert tolerance_from(0.7, "absolute", floor) == 0.7
         assert tolerance_from(0.7, "floor", floor, least=0.05) == 0.05
         assert tolerance_from(0.01, "absolute", floor, least=0.05) == 0.01
-
-    @pytest.mark.parametrize(
-        ("low", "high", "moved"), [(0.029, 0.05, False), (0.031, 0.05, True), (0.001, 0.011, False), (0.001, 0.009, True)]
-    )
-    def test_a_second_floor_counts_only_beyond_the_noise(self, low: float, high: float, moved: bool) -> None:
-        old, new = Floor(0.02, 0.01, 0.03, 1000), Floor((low + high) / 2, low, high, 1000)
-        assert remeasured_floor(old, new) == (new if moved else old)

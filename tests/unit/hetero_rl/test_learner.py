@@ -20,7 +20,7 @@ from hetero_rl.config import AlgorithmConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import short_causal_attention
 from hetero_rl.learner.batching import micro_batches
-from hetero_rl.learner.fake_quant import add_twin, twin
+from hetero_rl.learner.fake_quant import add_twin, random_errors, twin
 from hetero_rl.learner.model import load_causal_lm
 from hetero_rl.learner.policy import Beside
 from tests.conftest import TinyModels
@@ -354,3 +354,33 @@ def test_attention_over_a_rounded_cache(length: int) -> None:
     expected.square().sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-3)
+
+
+def test_flatness_is_the_grey_box_with_random_errors(make_learner: MakeLearner, model_dir: Path) -> None:
+    """Errors of the rounding's size at signs drawn anew for each update; what the twin is elsewhere stays."""
+    learner, quantizer = make_learner("flatness"), quantizer_for(model_dir)
+    layer = learner.twins[0]
+    weight = layer.weight.detach().clone()
+    error = quantizer.dequantized(layer.weight_name, weight) - weight
+    drawn = []
+    for seed in (1, 1, 2):
+        with random_errors(learner.twins, seed), twin(learner.twins):
+            drawn.append(layer.active_weight().detach() - weight)
+    for noise in drawn:
+        torch.testing.assert_close(noise.abs().float(), error.abs().float(), rtol=0.0, atol=float(weight.abs().max()) / 128)  # bf16
+        assert 0.4 < (noise.sign() == error.sign()).float().mean() < 0.6 + float((error == 0).float().mean())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    batch, before = as_sequences(sequences()), make_learner("grey_box")
+    learner.update(sequences(), 0.0), before.update(sequences(), 0.0)
+    pairs = zip(learner.score(batch, as_twin=True), before.score(batch, as_twin=True), strict=True)
+    assert all((ours.logps == theirs.logps).all() for ours, theirs in pairs), "the proof's twin is the target's"
+
+
+def test_flatness_pulls_on_both_sides_and_repeats_itself(make_learner: MakeLearner) -> None:
+    """Its cost differs from the grey box's, is positive, moves the weights, and is the same in the same update of the same run."""
+    once, again, grey = (make_learner(signal).update(sequences(), 0.3) for signal in ("flatness", "flatness", "grey_box"))
+    assert once.sums.cost == again.sums.cost > 0.0
+    assert once.grad_norm == again.grad_norm
+    assert 0.2 < once.sums.cost / grey.sums.cost < 5.0
+    assert once.sums.cost != grey.sums.cost

@@ -49,6 +49,7 @@ def test_lambda_above_its_bound_is_refused() -> None:
         (["algorithm.score_centering=true", "algorithm.loss='gspo'"], "derived for algorithm.loss = 'ppo_clip', not for 'gspo'"),
         (["algorithm.score_centering=true", "algorithm.correction='mis_sequence'"], "whose weight belongs to a whole response"),
         (["algorithm.score_centering=true", "learner.forward='fake_quant'"], "nothing to centre"),
+        (["constraint.signal=flatness", "learner.forward=fake_quant"], "learner.forward = 'fake_quant' needs the target's own"),
         (["loop.publish_gate=1.1", "loop.publish_every=2", "checkpoint.every_steps=2"], "judges and undoes single steps"),
         (["algorithm.correction='mis'", "algorithm.correction_low=3.0"], "is above algorithm.correction_high = 2"),
     ],
