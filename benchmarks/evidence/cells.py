@@ -24,6 +24,8 @@ class Arm:
     """A recipe of this project, to be held against the rivals."""
     drawn: bool = False
     """Whether it has a curve; more than six cannot be told apart."""
+    tolerance: float | None = None
+    """Bound of the constraint in floors, of the arms that differ in it alone."""
 
 
 PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.eta=0.04")
@@ -41,6 +43,11 @@ def held(multiplier: float, *settings: str) -> tuple[str, ...]:
     return ("constraint.controller=fixed", f"constraint.lambda_init={multiplier}", *settings)
 
 
+def bounded(tolerance: float) -> Arm:
+    """The default with another bound."""
+    return Arm(f"grey box, dual ascent to {tolerance:g} x floor", (f"constraint.tolerance={tolerance}",), ours=True, tolerance=tolerance)
+
+
 ARMS = {
     "control": Arm("no mismatch: full precision on both sides", OFF, full_precision_rollouts=True, deployed_as_trained=True, drawn=True),
     "ptq": Arm("full-precision rollouts, quantized once at the end", OFF, full_precision_rollouts=True),
@@ -55,14 +62,16 @@ ARMS = {
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
     "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
     "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
-    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)", ours=True, drawn=True),
-    "grey_half": Arm("grey box, dual ascent to 0.5 x floor", ("constraint.tolerance=0.5",), ours=True),
+    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)", ours=True, drawn=True, tolerance=1.0),
     "grey_top": Arm("grey box over the top 16 tokens, lambda 0.3", held(0.3, "constraint.grey_box_form=top"), ours=True),
     "grey_sampled": Arm("grey box of the sampled token, lambda 0.3", held(0.3, "constraint.grey_box_form=sampled"), ours=True),
     "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
     "flatness": Arm("rounding errors at random signs, lambda 0.3", held(0.3, "constraint.signal=flatness"), ours=True),
     "fake_quant_grey": Arm("both: rounded weights, and grey box with lambda 0.3", held(0.3, "learner.forward=fake_quant"), ours=True),
+    **{f"grey_{bound:g}x": bounded(bound) for bound in (0.5, 0.7, 1.5, 2.0)},
 }  # fmt: skip
+SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=lambda name: ARMS[name].tolerance or 0.0))
+"""Arms by rising tolerance; `grpo` is the one without a bound."""
 
 REGIMES = {
     "on_policy": (),
@@ -124,6 +133,13 @@ SUITES: dict[str, dict[str, Sequence[str]]] = {
         "regimes": ("on_policy", "stale", "high_lr"),
         "arms": tuple(ARMS),
         "seeds": ("0", "1"),
+    },
+    "tolerance": {
+        "tasks": ("addition",),
+        "targets": ("q2_k-llamacpp", "int4-onnx"),
+        "regimes": ("on_policy",),
+        "arms": (*SWEEP, "grpo"),
+        "seeds": ("0", "1", "2"),
     },
     "finalists": {
         "tasks": tuple(TASKS),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.cells import ARMS, REGIMES, TASKS
+from benchmarks.evidence.cells import ARMS, REGIMES, SWEEP, TASKS
 from deploy_targets.charts import line_chart
 
 Run = dict[str, Any]
@@ -19,6 +19,8 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SMOOTHING = 10
 """Steps that a reward is averaged over where runs are compared at equal reward."""
 MARKER = "evidence"
+UNBOUNDED = "grpo"
+"""The arm that a sweep of the tolerance ends in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,64 @@ def curves(runs: Sequence[Run], folder: Path) -> list[str]:
     return lines
 
 
+def sweep(runs: Sequence[Run], folder: Path) -> list[str]:
+    """By the bound of the constraint: deployed accuracy, and the step at which a run first had 90 % of the best accuracy of its seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for task, target in places(runs):
+        here = [
+            run
+            for run in runs
+            if (run["task"], run["target"], run["regime"]) == (task, target, "on_policy") and run["arm"] in (*SWEEP, UNBOUNDED)
+        ]
+        arms = [arm for arm in (*SWEEP, UNBOUNDED) if any(run["arm"] == arm for run in here)]
+        if len(arms) < 3:
+            continue
+        best = {
+            seed: max(point[1] for run in here if run["seed"] == seed for point in run["curve"]) for seed in {run["seed"] for run in here}
+        }
+        lines += [
+            "",
+            f"{task}, {target}:",
+            "",
+            _row(["bound / floor", "deployed", "learner", "gap / floor", "steps to 90 % of the best"]),
+            _row(["---"] * 5),
+        ]
+        points: dict[float, float] = {}
+        for arm in arms:
+            some = [run for run in here if run["arm"] == arm]
+            deployed, learner, gap = (Estimate.of([value(run) for run in some]) for value in (_deployed, _learner, _gap_over_floor))
+            steps = [next((point[0] for point in run["curve"] if point[1] >= 0.9 * best[run["seed"]]), math.inf) for run in some]
+            bound = ARMS[arm].tolerance
+            reached = f"{statistics.median(steps):.0f}" if math.isfinite(statistics.median(steps)) else "not reached"
+            lines.append(
+                _row(["none" if bound is None else f"{bound:g}", deployed.text(100), learner.text(100), gap.text(digits=2), reached])
+            )
+            if bound is not None:
+                points[bound] = 100 * deployed.mean
+        unbounded = [100 * run["deployed_accuracy"] for run in here if run["arm"] == UNBOUNDED]
+        name = f"tolerance-{task}-{target}.svg"
+        chart = line_chart(
+            {"bounded": (list(points), list(points.values()))}, title=f"{task} for {target}", x_label="tolerance / floor",
+            y_label="deployed accuracy, %", horizontal={"no bound": statistics.mean(unbounded)} if unbounded else None, markers=True,
+        )  # fmt: skip
+        (folder / name).write_text(standalone(chart), "utf-8")
+        lines += ["", f"![Deployed accuracy by tolerance: {task}, {target}](images/evidence/{name})"]
+    return lines
+
+
+def _deployed(run: Run) -> float:
+    return float(run["deployed_accuracy"])
+
+
+def _learner(run: Run) -> float:
+    return float(run["learner_accuracy"])
+
+
+def _gap_over_floor(run: Run) -> float:
+    return float(run["gap"] / run["floor"])
+
+
 def standalone(chart: str) -> str:
     """A chart as a file of its own."""
     return chart if "xmlns=" in chart else chart.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
@@ -163,7 +223,10 @@ def report(runs: Sequence[Run], docs: Path) -> str:
         here = [run for run in runs if run["regime"] == regime]
         lines += ["", f"### {regime}", "", "Deployed accuracy, and the learner's own in brackets:", "", *accuracy_table(here)]
         lines += ["", "Against the best rival:", "", *difference_table(here)]
-    return "\n".join([*lines, "", *curves(runs, docs / "images" / "evidence")])
+    images = docs / "images" / "evidence"
+    swept = sweep(runs, images)
+    lines += ["", "### By tolerance", *swept] if swept else []
+    return "\n".join([*lines, "", "### Curves", "", *curves(runs, images)])
 
 
 def write_report(results: Path, page: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
-from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, write_report
+from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, sweep, write_report
 from benchmarks.evidence.tasks import last_step, samples
 from hetero_rl.config import load_config
 from hetero_rl.unused_settings import unused_settings
@@ -64,6 +64,16 @@ def test_tables() -> None:
     [row] = difference_table(runs)[2:]
     assert "| `grpo` 55.0 ± " in row
     assert "| +9.0 ± 12.7 | 0.50 against 2.00 |" in row
+
+
+def test_the_sweep_orders_the_bounds_and_names_the_time(tmp_path: Path) -> None:
+    slow = run("grey_0.5x", 0, 0.5, gap=0.005, curve=[[0, 0.4, 0.4], [40, 0.42, 0.4], [80, 0.5, 0.5]])
+    runs = [run("grpo", 0, 0.50), run("grey_2x", 0, 0.52), run("grey_dual", 0, 0.55), slow]
+    rows = [line for line in sweep([{"gap": r["engine_gap"][-1], **r} for r in runs], tmp_path) if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| bound / floor", "| ---", "| 0.5", "| 1", "| 2", "| none"]
+    assert rows[2].split(" | ")[1:] == ["50.0", "49.0", "0.50", "80 |"]
+    assert (tmp_path / "tolerance-addition-int4-onnx.svg").is_file()
+    assert not sweep([run("grpo", 0, 0.5)], tmp_path)
 
 
 def test_a_collapsed_policy_is_compared_at_the_reward_it_had() -> None:
