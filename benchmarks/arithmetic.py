@@ -12,7 +12,6 @@ from benchmarks import models
 from benchmarks.common import arguments, in_turns, measurement, write
 from benchmarks.constraint_cost import make_learner, make_sequences, update_seconds
 from deploy_targets.types import TokenSequence
-from hetero_rl.config import LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.learner.model import load_causal_lm
 
@@ -38,7 +37,7 @@ def main() -> None:
     num_sequences, max_tokens = (16, 16) if options.quick else (256, 64)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = models.tiny(Path(folder) / "model", quick=options.quick)
-        learners = {dtype: make_learner(model_dir, "off", LearnerConfig.model_validate({"compute_dtype": dtype})) for dtype in DTYPES}
+        learners = {dtype: make_learner(model_dir, learner={"compute_dtype": dtype}) for dtype in DTYPES}
         sequences = make_sequences(learners["float32"], num_sequences, max_tokens)
         scored = [s.sequence for s in sequences[:NUM_EXACT]]
         errors = {dtype: logp_error(learner, model_dir, scored) for dtype, learner in learners.items()}

@@ -1,21 +1,25 @@
-"""What the constraint costs: measuring the gap as a share of the update, and the grey-box signal against none."""
+"""What the pieces of the method cost: measuring and correcting as a share of an update, each signal and the rounded forward against it."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import models
-from benchmarks.common import arguments, in_turns, measurement, write
+from benchmarks.common import Measurement, arguments, in_turns, measurement, write
 from deploy_targets.catalog import make_quantizer
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step
+from hetero_rl.algorithm.corrections import correction_weights
 from hetero_rl.algorithm.discrepancy import GapSums, split_gap
+from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS, Correction
+from hetero_rl.algorithm.segments import Segments
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.deepspeed_learner import Learner
@@ -23,21 +27,35 @@ from hetero_rl.types import TrainSequence
 
 TARGET = "int4-onnx"
 MULTIPLIER = 0.3
+CORRECTION: Correction = "mis_sequence"
 PROMPT_TOKENS = 8
 REPEATS = 5
 """Calls timed together: one takes a fraction of a ms, and a preempted one would stand for all."""
 
 
-def make_learner(model_dir: Path, signal: str, config: LearnerConfig | None = None) -> Learner:
-    """A learner of the shipped configuration unless told otherwise; `signal` is `off` or `grey_box`."""
-    quantizer = make_quantizer(models.load_profile(TARGET), model_dir)
-    constraint = ConstraintConfig.model_validate({"signal": signal})
+VARIANTS: dict[str, dict[str, dict[str, object]]] = {
+    "grey_box": {"constraint": {"signal": "grey_box"}},
+    "grey_box_top": {"constraint": {"signal": "grey_box", "grey_box_form": "top"}},
+    "grey_box_sampled": {"constraint": {"signal": "grey_box", "grey_box_form": "sampled"}},
+    "grey_box_share": {"constraint": {"signal": "grey_box", "grey_box_share": 0.34}},
+    "flatness": {"constraint": {"signal": "flatness"}},
+    "score_centering": {"algorithm": {"score_centering": True}},
+    "fake_quant": {"learner": {"forward": "fake_quant"}},
+}
+"""Updates that are held against one without a signal."""
+AT_100M = ("grey_box", "grey_box_share", "fake_quant")
+BATCH = {"tiny": (256, 64), "100M": (32, 32)}
+"""Responses, and the tokens of each."""
+
+
+def make_learner(model_dir: Path, **tables: dict[str, object]) -> Learner:
+    """A learner without a signal; `tables` are its `[learner]`, `[algorithm]` and `[constraint]`."""
     return Learner(
         model_dir,
-        quantizer,
-        config or LearnerConfig(),
-        AlgorithmConfig(),
-        constraint,
+        make_quantizer(models.load_profile(TARGET), model_dir),
+        LearnerConfig.model_validate(tables.get("learner", {})),
+        AlgorithmConfig.model_validate(tables.get("algorithm", {})),
+        ConstraintConfig.model_validate({"signal": "off", **tables.get("constraint", {})}),
         temperature=1.0,
         num_updates=1000,
         max_response_tokens=9,
@@ -69,59 +87,68 @@ def update_seconds(learner: Learner, sequences: list[TrainSequence], multiplier:
 
 
 def measuring_seconds(learner: Learner, sequences: list[TrainSequence]) -> Callable[[], float]:
-    """`split_gap` on every micro-batch of that update and one `dual_step`, in seconds, on the tensors of that update."""
+    """`split_gap` and `correction_weights` on every micro-batch of that update and one `dual_step`, in seconds, on its own tensors."""
     prompts, responses = [s.prompt for s in sequences], [s.tokens for s in sequences]
     scored = learner.score([s.sequence for s in sequences])
     parts = []
     for batch in micro_batches(prompts, responses, learner.config.tokens_per_micro_batch, learner.device, packed=learner.packed):
         learner_logp = batch.flatten([score.logps for score in scored], learner.device)
-        parts.append((learner_logp, learner_logp.clone(), batch.flatten([s.engine_logp for s in sequences], learner.device)))
+        engine_logp = batch.flatten([s.engine_logp for s in sequences], learner.device)
+        parts.append((learner_logp, learner_logp.clone(), engine_logp, Segments.of(batch.lengths, learner.device)))
     config = DualConfig(tolerance=0.01, eta=0.05, lambda_max=2.0, lambda_infeasible=MULTIPLIER)
 
     def run() -> float:
         start = time.perf_counter()
         for _ in range(REPEATS):
             gap = GapSums()
-            for learner_logp, old_logp, engine_logp in parts:
+            for learner_logp, old_logp, engine_logp, segments in parts:
                 gap = gap + split_gap(learner_logp, old_logp, engine_logp)
+                mask = torch.isfinite(engine_logp)
+                correction_weights(CORRECTION, old_logp, engine_logp, mask, segments, DEFAULT_BOUNDS[CORRECTION])
             dual_step(DualState(MULTIPLIER), gap.mean(gap.engine_gap), config)
         return (time.perf_counter() - start) / REPEATS
 
     return run
 
 
-def main() -> None:
-    options = arguments("constraint_cost", __doc__, rounds=9)
-    torch.set_num_threads(options.threads)
-    num_sequences, max_tokens = (16, 16) if options.quick else (256, 64)
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = models.tiny(Path(folder) / "model", quick=options.quick)
-        plain, grey_box = make_learner(model_dir, "off"), make_learner(model_dir, "grey_box")
-        sequences = make_sequences(plain, num_sequences, max_tokens)
+def costs(model_dir: Path, variants: Sequence[str], batch: tuple[int, int], rounds: int) -> dict[str, Measurement]:
+    """`measuring` and each of `variants` against an update without a signal, in turns; `batch` is responses and their tokens."""
+    with ExitStack() as stack:
+        learners = {name: make_learner(model_dir, **VARIANTS.get(name, {})) for name in ("off", *variants)}
+        for learner in learners.values():
+            stack.callback(learner.close)
+        sequences = make_sequences(learners["off"], *batch)
         times = in_turns(
-            {
-                "off": update_seconds(plain, sequences, 0.0),
-                "measuring": measuring_seconds(plain, sequences),
-                "grey_box": update_seconds(grey_box, sequences, MULTIPLIER),
-            },
-            options.rounds,
+            {"measuring": measuring_seconds(learners["off"], sequences)}
+            | {name: update_seconds(learner, sequences, 0.0 if name == "off" else MULTIPLIER) for name, learner in learners.items()},
+            rounds,
         )
-        plain.close()
-        grey_box.close()
-        cases = {
-            "measuring": measurement(
-                [seconds * 1e3 for seconds in times["measuring"]],
-                "ms per update",
-                baseline=[seconds * 1e3 for seconds in times["off"]],
-                ratio_of="split_gap + dual_step / update with the signal off, times",
-            ),
-            "grey_box": measurement(
-                times["grey_box"], "s per update", baseline=times["off"], ratio_of="update with the grey box / with the signal off, times"
-            ),
-        }
-        settings = {"model": models.describe(model_dir), "num_sequences": num_sequences, "response_tokens": max_tokens}
-        settings |= {"prompt_tokens": PROMPT_TOKENS, "target": TARGET, "lambda": MULTIPLIER}
-        write(options, cases, "measuring", settings)
+    measuring = measurement(
+        [seconds * 1e3 for seconds in times["measuring"]],
+        "ms per update",
+        baseline=[seconds * 1e3 for seconds in times["off"]],
+        ratio_of="split_gap + correction_weights + dual_step / update with the signal off, times",
+    )
+    against_off = {
+        name: measurement(times[name], "s per update", baseline=times["off"], ratio_of="update / update with the signal off, times")
+        for name in variants
+    }
+    return {"measuring": measuring, **against_off}
+
+
+def main() -> None:
+    options = arguments("constraint_cost", __doc__, rounds=9, sizes=list(BATCH))
+    torch.set_num_threads(options.threads)
+    cases: dict[str, Measurement] = {}
+    settings: dict[str, object] = {"prompt_tokens": PROMPT_TOKENS, "target": TARGET, "lambda": MULTIPLIER, "correction": CORRECTION}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes or (["tiny"] if options.quick else list(BATCH)):
+            model_dir = models.tiny(Path(folder) / size, quick=True) if options.quick else models.SIZES[size](Path(folder) / size)
+            batch = (16, 16) if options.quick else BATCH[size]
+            settings[size] = {**models.describe(model_dir), "num_sequences": batch[0], "response_tokens": batch[1]}
+            found = costs(model_dir, list(VARIANTS) if size == "tiny" else AT_100M, batch, options.rounds)
+            cases |= {f"{name}/{size}": case for name, case in found.items()}
+        write(options, cases, next(iter(cases)), settings)
 
 
 if __name__ == "__main__":

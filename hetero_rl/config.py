@@ -29,6 +29,7 @@ from hetero_rl.algorithm.kinds import (
     PolicyLoss,
     Signal,
 )
+from hetero_rl.recipe import RecipeName, recipe_settings
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
 
 
@@ -274,6 +275,10 @@ class ExportConfig(_Table):
 class RunConfig(_Table):
     """A whole run."""
 
+    recipe: RecipeName = "auto"
+    """Settings that lie below all others. `auto`: by the target, `grey_box` where its weights or its cache cost accuracy, `guard` where
+    they hardly do, `plain` where nothing is rounded; `none`: the defaults below. Whoever sets `constraint.signal` gets no other
+    `[constraint]` setting of a recipe."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = Field(default_factory=ArithmeticConfig)
     target: TargetConfig = TargetConfig()
@@ -343,7 +348,7 @@ class RunConfig(_Table):
 def load_config(
     files: Sequence[Path], settings: Sequence[str] = (), target: str | None = None, base: RunConfig | None = None
 ) -> tuple[RunConfig, TargetProfile]:
-    """Merge TOML `files` (later wins), the profile's recommended `[constraint]` (below them), and `settings` (`a.b=c`, above all).
+    """Merge the recipe, the profile's recommended `[constraint]`, TOML `files` and `settings` (`a.b=c`); later ones win.
 
     Args:
         files: TOML files; none gives the defaults, which are the demo.
@@ -365,7 +370,8 @@ def load_config(
         _merge(merged, {"target": {"name": target}})
     name = _dig(merged, "target", "name", default=TargetConfig().name)
     profile = load_profile(name if isinstance(name, str) else str(name))
-    with_profile: dict[str, Any] = {"constraint": dict(profile.constraint)}
+    with_profile = recipe_settings(merged.get("recipe", "auto"), profile, merged)
+    _merge(with_profile, {"constraint": dict(profile.constraint)})
     _merge(with_profile, merged)
     try:
         return RunConfig.model_validate(with_profile), profile

@@ -1,12 +1,71 @@
-"""What a run is about to do, in one line: it is printed at its start."""
+"""Named recipes: the settings that a run begins with where nobody says otherwise, chosen by how coarse the target is (docs/evidence.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from deploy_targets.profile import TargetProfile
 from hetero_rl.algorithm.kinds import PAIRED
-from hetero_rl.config import RunConfig
+
+if TYPE_CHECKING:
+    from hetero_rl.config import RunConfig
+
+RecipeName = Literal["auto", "none", "plain", "guard", "grey_box"]
+FINE_BITS = 8
+"""Weights of so many bits differ from bf16 by about what two computations in bf16 do."""
 
 
-def recipe_line(config: RunConfig) -> str:
+class Recipe(NamedTuple):
+    """A recipe: one line for people, and tables of a config."""
+
+    what: str
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "none": Recipe("the defaults of every setting", {}),
+    "plain": Recipe("the gap is measured and not bounded", {"constraint": {"signal": "off"}}),
+    "guard": Recipe("the grey box acts when the gap leaves the tolerance", {"constraint": {"signal": "grey_box", "lambda_init": 0.0}}),
+    "grey_box": Recipe("the grey box acts from the first step", {"constraint": {"signal": "grey_box"}}),
+}
+
+
+def choose(profile: TargetProfile) -> tuple[RecipeName, str]:
+    """What `auto` stands for on this target, and why."""
+    rounds_cache = str(profile.engine.options.get("kv_cache_dtype", "auto")).startswith("fp8")
+    if profile.scheme.bits < FINE_BITS:
+        return "grey_box", f"{profile.scheme.bits}-bit weights cost what only training wins back"
+    if rounds_cache:
+        return "grey_box", "an FP8 cache costs what only training wins back"
+    if profile.scheme.bits < 16:
+        return "guard", f"{profile.scheme.bits}-bit weights differ by about as much as two computations in bf16 do"
+    return "plain", "the target rounds nothing"
+
+
+def recipe_settings(name: str, profile: TargetProfile, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of recipe `name`, to lie below `given`; a name that does not exist has none.
+
+    Numbers of `[constraint]` belong to a signal: who gives a signal of their own gets none of the recipe's.
+    """
+    chosen = choose(profile)[0] if name == "auto" else name
+    recipe = RECIPES.get(chosen)  # type: ignore[call-overload]
+    if recipe is None:
+        return {}
+    constraint = given.get("constraint")
+    own_signal = "signal" in profile.constraint or (isinstance(constraint, Mapping) and "signal" in constraint)
+    return {table: dict(values) for table, values in recipe.settings.items() if not (own_signal and table == "constraint")}
+
+
+def recipe_lines(config: RunConfig, profile: TargetProfile) -> list[str]:
+    """What a run says at its start: the recipe and why, and the pieces that come of it and of the user's own settings."""
+    if config.recipe != "auto":
+        return [f"recipe {config.recipe}: {RECIPES[config.recipe].what}", pieces(config)]
+    chosen, why = choose(profile)
+    return [f"recipe {chosen}, chosen for {profile.name} because {why}: {RECIPES[chosen].what}", pieces(config)]
+
+
+def pieces(config: RunConfig) -> str:
     """The pieces of the method that `config` has chosen, those that are off included where one would look for them."""
     algorithm, constraint = config.algorithm, config.constraint
     parts = [f"{algorithm.advantage} advantages", f"{algorithm.loss} loss"]

@@ -15,7 +15,7 @@ from deploy_targets.profile import TargetProfile
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.metrics import PHASES
-from hetero_rl.recipe import recipe_line
+from hetero_rl.recipe import pieces, recipe_lines
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -55,7 +55,8 @@ class View:
         """The steps begin."""
         self._num_steps, self._first_step, self._started = config.loop.num_steps, state.step, time.monotonic()
         self._title = f"{profile.name} · {profile.scheme.name} · {config.model.path} · signal {config.constraint.signal}"
-        self._console.print(f"[dim]·[/dim] recipe: {recipe_line(config)}", highlight=False)
+        for line in recipe_lines(config, profile) if state.step == 0 else [pieces(config)]:
+            self._console.print(f"[dim]·[/dim] {line}", highlight=False)
         self._console.print(
             f"[dim]·[/dim] floor {state.floor.mean:.4f} on {state.floor.num_tokens} tokens (95 % interval {state.floor.low:.4f} to "
             f"{state.floor.high:.4f}); tolerance {state.tolerance:.4f}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -57,9 +58,10 @@ def config_reference() -> str:
     for name, field in RunConfig.model_fields.items():
         if name == "task":
             tables += [('task, type = "arithmetic"', ArithmeticConfig), ('task, type = "dataset"', DatasetConfig)]
-        else:
-            assert isinstance(field.annotation, type)
+        elif isinstance(field.annotation, type):
             tables.append((name, field.annotation))
+    values = [key for key, field in RunConfig.model_fields.items() if key != "task" and not isinstance(field.annotation, type)]
+    lines += ["", "## Top level", "", *_table_of(RunConfig, docs, values)]
     for title, model in tables:
         lines += ["", f"## [{title}]", "", *_table_of(model, docs)]
     return "\n".join(lines) + "\n"
@@ -97,9 +99,10 @@ def profile_reference() -> list[str]:
     return lines
 
 
-def _table_of(model: type[BaseModel], docs: dict[tuple[str, str], str]) -> list[str]:
+def _table_of(model: type[BaseModel], docs: dict[tuple[str, str], str], keys: Sequence[str] | None = None) -> list[str]:
     lines = ["| key | default | what it is |", "| --- | --- | --- |"]
-    for key, field in model.model_fields.items():
+    for key in model.model_fields if keys is None else keys:
+        field = model.model_fields[key]
         default = field.get_default(call_default_factory=True)
         shown = f"`{_plain(default)}`"
         if field.is_required():

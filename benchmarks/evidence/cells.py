@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
+TARGETS = Path(__file__).parent / "targets"
+"""Profiles of targets that are compared and not shipped."""
 FULL_PRECISION = "fp32-onnx"
 """Rollouts by this engine differ from the learner by rounding noise alone (a gap below 1e-5)."""
 
@@ -44,7 +47,7 @@ def held(multiplier: float, *settings: str) -> tuple[str, ...]:
 
 
 def bounded(tolerance: float) -> Arm:
-    """The default with another bound."""
+    """The recipe `grey_box` with another bound."""
     return Arm(f"grey box, dual ascent to {tolerance:g} x floor", (f"constraint.tolerance={tolerance}",), ours=True, tolerance=tolerance)
 
 
@@ -62,7 +65,7 @@ ARMS = {
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
     "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
     "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
-    "grey_dual": Arm("grey box, dual ascent to 1 x floor (the default)", ours=True, drawn=True, tolerance=1.0),
+    "grey_dual": Arm("grey box, dual ascent to 1 x floor (recipe `grey_box`)", ours=True, drawn=True, tolerance=1.0),
     "grey_top": Arm("grey box over the top 16 tokens, lambda 0.3", held(0.3, "constraint.grey_box_form=top"), ours=True),
     "grey_sampled": Arm("grey box of the sampled token, lambda 0.3", held(0.3, "constraint.grey_box_form=sampled"), ours=True),
     "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
@@ -95,7 +98,7 @@ TASKS = {
     "sorting": TaskSetup("3M", ("task.reward=exact", "loop.max_response_tokens=28", "learner.lr=1e-4")),
 }
 COMMON = (
-    "loop.num_steps=160", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
+    "recipe=none", "loop.num_steps=160", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
     "evaluation.every_steps=40", "evaluation.num_problems=500", "evaluation.num_final_problems=1000", "checkpoint.every_steps=160",
 )  # fmt: skip
 
@@ -116,9 +119,15 @@ class Cell:
         return f"{self.task}/{self.target}/{self.regime}/{self.arm}/{self.seed}"
 
     @property
+    def served_by(self) -> str:
+        """What --target takes for `target`: its name, or the profile of this folder."""
+        own = TARGETS / f"{self.target}.toml"
+        return str(own) if own.is_file() else self.target
+
+    @property
     def rollout_target(self) -> str:
         """The engine that makes the rollouts."""
-        return FULL_PRECISION if ARMS[self.arm].full_precision_rollouts else self.target
+        return FULL_PRECISION if ARMS[self.arm].full_precision_rollouts else self.served_by
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -131,7 +140,7 @@ SUITES: dict[str, dict[str, Sequence[str]]] = {
         "tasks": ("addition",),
         "targets": ("q2_k-llamacpp", "int4-onnx"),
         "regimes": ("on_policy", "stale", "high_lr"),
-        "arms": tuple(ARMS),
+        "arms": tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual"),
         "seeds": ("0", "1"),
     },
     "tolerance": {

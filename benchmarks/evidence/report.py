@@ -18,6 +18,7 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 %, for 1, 2, ... degrees of freedom."""
 SMOOTHING = 10
 """Steps that a reward is averaged over where runs are compared at equal reward."""
+LATE_STEPS = 20
 MARKER = "evidence"
 UNBOUNDED = "grpo"
 """The arm that a sweep of the tolerance ends in."""
@@ -65,6 +66,11 @@ def gap_at_equal_reward(runs: Sequence[Run]) -> list[float]:
     return found
 
 
+def late_reward(run: Run) -> float:
+    """Mean reward of what the deployed engine sampled over the last steps; NaN where another engine made the rollouts."""
+    return math.nan if ARMS[run["arm"]].full_precision_rollouts else statistics.mean(run["reward"][-LATE_STEPS:])
+
+
 def _smoothed(values: Sequence[float]) -> list[float]:
     return [statistics.mean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
 
@@ -100,8 +106,11 @@ def accuracy_table(runs: Sequence[Run]) -> list[str]:
 
 
 def difference_table(runs: Sequence[Run]) -> list[str]:
-    """Our arms less the best rival of the same task and target, in points of deployed accuracy, paired by seed."""
-    lines = [_row(["task, target", "best rival", "arm", "difference", "gap at equal reward / floor"]), _row(["---"] * 5)]
+    """Our arms less the best rival of the same task and target, paired by seed, in points.
+
+    Deployed accuracy, and the reward of the engine's own samples over the last steps, which many more responses go into.
+    """
+    lines = [_row(["task, target", "best rival", "arm", "accuracy", "sampled reward", "gap at equal reward / floor"]), _row(["---"] * 6)]
     for task, target in places(runs):
         here = [run for run in runs if (run["task"], run["target"]) == (task, target) and run["arm"] != "control"]
         by_arm: dict[str, dict[int, Run]] = {}
@@ -117,9 +126,11 @@ def difference_table(runs: Sequence[Run]) -> list[str]:
                 continue
             pairs = [(by_arm[arm][seed], by_arm[best][seed]) for seed in seeds]
             difference = Estimate.of([ours["deployed_accuracy"] - rival["deployed_accuracy"] for ours, rival in pairs])
+            rewards = Estimate.of([late_reward(ours) - late_reward(rival) for ours, rival in pairs])
             gaps = [gap_at_equal_reward(pair) for pair in pairs]
             ours, theirs = (Estimate.of([gap[side] for gap in gaps]) for side in (0, 1))
             row = [f"{task}, {target}", f"`{best}` {rivals[best].text(100)}", f"`{arm}`", difference.text(100, sign="+")]
+            row.append("" if math.isnan(rewards.mean) else rewards.text(100, sign="+"))
             gap = f"{ours.mean:.2f}" + ("" if math.isnan(theirs.mean) else f" against {theirs.mean:.2f}")
             lines.append(_row([*row, gap]))
     return lines

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -25,6 +27,8 @@ from deploy_targets.hardware import describe_machine, package_versions
 from hetero_rl.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+_SHARED: dict[Path, Lock] = {}
+"""Runs that several cells share; the first to come makes them."""
 COLLAPSE = 0.5
 """A run has collapsed when it ends below this share of its best deployed accuracy."""
 
@@ -83,15 +87,12 @@ def prepare(task: str, work: Path) -> None:
 def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()) -> dict[str, Any]:
     """Train, evaluate, and take the figures from what the run wrote. Raises `RuntimeError` with the last lines of a failed run."""
     start = time.time()
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        run = Path(folder) / "run"
-        settings = [part for setting in (*task_settings(cell.task, work), *cell.settings, *extra) for part in ("--set", setting)]
-        call(["train", "--target", cell.rollout_target, *settings, "--run-dir", str(run)], cores)
+    with tempfile.TemporaryDirectory(dir=work) as folder, trained(cell, work, Path(folder), cores, extra) as run:
         rows = read_metrics(run)
         deployed = {"deployed_accuracy": rows[-1]["eval/deployed_accuracy"], "learner_accuracy": rows[-1]["eval/learner_accuracy"]}
         deployed["gap"] = sum(row["constraint/engine_gap"] for row in rows[-10:]) / 10
-        if cell.rollout_target != cell.target and not ARMS[cell.arm].deployed_as_trained:
-            call(["eval", str(run), "--target", cell.target, "--json", str(Path(folder) / "eval.json")], cores)
+        if cell.rollout_target != cell.served_by and not ARMS[cell.arm].deployed_as_trained:
+            call(["eval", str(run), "--target", cell.served_by, "--json", str(Path(folder) / "eval.json")], cores)
             numbers = json.loads((Path(folder) / "eval.json").read_text("utf-8"))
             deployed = {"deployed_accuracy": numbers["eval/deployed_accuracy"], "learner_accuracy": numbers["eval/learner_accuracy"]}
             deployed["gap"] = numbers["constraint/engine_gap"]
@@ -117,6 +118,24 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         "machine": asdict(describe_machine()),
         "versions": package_versions(),
     }
+
+
+@contextmanager
+def trained(cell: Cell, work: Path, folder: Path, cores: list[int], extra: Sequence[str]) -> Iterator[Path]:
+    """The finished run of `cell`: in `folder`, or kept in `work` where it is the same run for every target."""
+    settings = (*task_settings(cell.task, work), *cell.settings, *extra)
+    arguments = ["train", "--target", cell.rollout_target, *(part for setting in settings for part in ("--set", setting))]
+    if not ARMS[cell.arm].full_precision_rollouts:
+        call([*arguments, "--run-dir", str(folder / "run")], cores)
+        yield folder / "run"
+        return
+    kept = work / "full-precision" / sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+    with _SHARED.setdefault(kept, Lock()):
+        if not kept.is_dir():
+            call([*arguments, "--run-dir", str(folder / "run")], cores)
+            kept.parent.mkdir(exist_ok=True)
+            shutil.move(folder / "run", kept)
+    yield kept
 
 
 def task_settings(task: str, work: Path) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ def effective_share(weights: float, squared_weights: float, num_tokens: int) -> 
     return weights**2 / (num_tokens * squared_weights) if squared_weights else 0.0
 
 
-def mean_score(learner_logits: Tensor, engine_logp: Tensor, kind: Centered = "none", bounds: Bounds | None = None) -> Tensor:
+def mean_score(learner_logp: Tensor, engine_logp: Tensor, kind: Centered = "none", bounds: Bounds | None = None) -> Tensor:
     """What, times the advantage and added to each token's policy loss, takes the engine's drift out of its gradient.
 
     At a prefix with engine q and learner p, the gradient of -A f(p_y / q_y) log p_y under y ~ q has the mean
@@ -104,14 +104,14 @@ def mean_score(learner_logits: Tensor, engine_logp: Tensor, kind: Centered = "no
     mean is computed over the vocabulary and not sampled. Where p = q the term has no gradient.
 
     Args:
-        learner_logits: float [num_tokens, vocab], temperature applied, with gradient.
+        learner_logp: float [num_tokens, vocab], log-probs of the learner, temperature applied, with gradient.
         engine_logp: float [num_tokens, vocab], log-probs over the whole vocabulary of the engine, or of its twin; no
             gradient. -inf is probability 0.
         kind: The weight f that the tokens of the loss carry; sequence weights have no value at tokens that were not drawn.
         bounds: Of f; by default `DEFAULT_BOUNDS[kind]`.
 
     Returns:
-        float [num_tokens], with the gradient of the learner's logits.
+        float [num_tokens], with the gradient of the learner's log-probs.
 
     Raises:
         ValueError: a kind that is not one of a single token.
@@ -120,7 +120,6 @@ def mean_score(learner_logits: Tensor, engine_logp: Tensor, kind: Centered = "no
     """
     if kind not in CENTERED:
         raise ValueError(f"score centering is defined for the weights {', '.join(CENTERED)}, not for {kind!r}")
-    learner_logp = torch.log_softmax(learner_logits, dim=-1)
     coefficients = _weighted_probs(learner_logp.detach(), engine_logp.detach(), kind, bounds or DEFAULT_BOUNDS[kind])
     used = coefficients > 0
     # Twice: 0 * -inf is NaN going forward, and the gradient of an unused product is 0 * NaN coming back.

@@ -20,7 +20,6 @@ times the trace of the Fisher matrix, to second order; one draw per update has t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hetero_rl.algorithm.discrepancy import abs_dp
@@ -30,27 +29,24 @@ TOP = 16
 """Tokens that `grey_box_top` tells apart."""
 
 
-def grey_box_kl(twin_logits: Tensor, learner_logits: Tensor) -> Tensor:
+def grey_box_kl(twin_logp: Tensor, learner_logp: Tensor) -> Tensor:
     """KL(mu_theta || pi_theta) over the whole vocabulary, nats.
 
     Args:
-        twin_logits: float32 [num_tokens, vocab], of the fake-quantized twin, temperature applied; with gradient.
-        learner_logits: float32 [num_tokens, vocab], of the learner, temperature applied; with gradient.
+        twin_logp: float32 [num_tokens, vocab], log-probs of the fake-quantized twin, temperature applied; with gradient.
+        learner_logp: float32 [num_tokens, vocab], those of the learner; with gradient.
 
     Returns:
         float32 [num_tokens], never negative up to rounding.
     """
-    twin_logp = torch.log_softmax(twin_logits, dim=-1)
-    learner_logp = torch.log_softmax(learner_logits, dim=-1)
     return (twin_logp.exp() * (twin_logp - learner_logp)).sum(dim=-1)
 
 
-def grey_box_top(twin_logits: Tensor, learner_logits: Tensor, count: int = TOP) -> Tensor:
+def grey_box_top(twin_logp: Tensor, learner_logp: Tensor, count: int = TOP) -> Tensor:
     """KL(mu_theta || pi_theta) of the distributions over the twin's `count` most probable tokens and one that stands for the rest.
 
     Arguments and result as `grey_box_kl`, of which this is a lower bound (log-sum inequality); the gradient is that of the bound.
     """
-    twin_logp, learner_logp = torch.log_softmax(twin_logits, dim=-1), torch.log_softmax(learner_logits, dim=-1)
     top = twin_logp.detach().topk(min(count, twin_logp.shape[-1]), dim=-1).indices
     twin_top, learner_top = twin_logp.gather(-1, top), learner_logp.gather(-1, top)
     # The rest as a difference from 1 loses its digits when it is small, and then counts for nothing.
@@ -58,25 +54,24 @@ def grey_box_top(twin_logits: Tensor, learner_logits: Tensor, count: int = TOP) 
     return (twin_top.exp() * (twin_top - learner_top)).sum(dim=-1) + twin_rest * (twin_rest.log() - learner_rest.log())
 
 
-def grey_box_sampled(twin_logits: Tensor, learner_logits: Tensor, targets: Tensor) -> Tensor:
+def grey_box_sampled(twin_logp: Tensor, learner_logp: Tensor, targets: Tensor) -> Tensor:
     """abs(p_twin(y) - p_learner(y)) of the sampled tokens `targets` int64 [num_tokens], with the gradient of both sides.
 
-    The constraint's own measure, but for the kernels; logits as in `grey_box_kl`. Its gradient has one size whatever the gap, and
+    The constraint's own measure, but for the kernels; log-probs as in `grey_box_kl`. Its gradient has one size whatever the gap, and
     knows of the other tokens only by the normalization.
     """
-    twin_logp, learner_logp = (torch.log_softmax(logits, dim=-1) for logits in (twin_logits, learner_logits))
     return abs_dp(*(logp.gather(-1, targets[:, None])[:, 0] for logp in (twin_logp, learner_logp)))
 
 
-def grey_box_cost(form: GreyBoxForm, twin_logits: Tensor, learner_logits: Tensor, targets: Tensor) -> Tensor:
+def grey_box_cost(form: GreyBoxForm, twin_logp: Tensor, learner_logp: Tensor, targets: Tensor) -> Tensor:
     """The cost of each token, float32 [num_tokens], in one of its forms: KL in nats, or abs(dp)."""
     match form:
         case "kl":
-            return grey_box_kl(twin_logits, learner_logits)
+            return grey_box_kl(twin_logp, learner_logp)
         case "top":
-            return grey_box_top(twin_logits, learner_logits)
+            return grey_box_top(twin_logp, learner_logp)
         case "sampled":
-            return grey_box_sampled(twin_logits, learner_logits, targets)
+            return grey_box_sampled(twin_logp, learner_logp, targets)
 
 
 def loss_side_cost(learner_logp: Tensor, engine_logp: Tensor) -> Tensor:

@@ -105,10 +105,10 @@ class Policy(nn.Module):
         stats = TokenStats(logp, entropy, greedy)
         if other is None:
             return stats
-        other_logits = self._logits(other, temperature, not as_twin)
+        other_logp = torch.log_softmax(self._logits(other, temperature, not as_twin), dim=-1)
         if beside.centering is not None:
-            stats = stats._replace(mean_score=mean_score(logits, other_logits.detach().log_softmax(-1), *beside.centering))
+            stats = stats._replace(mean_score=mean_score(logp_all, other_logp.detach(), *beside.centering))
         if beside.grey_box is not None:
-            twin_logits, learner_logits = (logits, other_logits) if as_twin else (other_logits, logits)
-            stats = stats._replace(twin_cost=grey_box_cost(beside.grey_box, twin_logits, learner_logits, targets))
+            twin_logp, learner_logp = (logp_all, other_logp) if as_twin else (other_logp, logp_all)
+            stats = stats._replace(twin_cost=grey_box_cost(beside.grey_box, twin_logp, learner_logp, targets))
         return stats

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
-from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, sweep, write_report
+from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, late_reward, sweep, write_report
 from benchmarks.evidence.tasks import last_step, samples
 from hetero_rl.config import load_config
 from hetero_rl.unused_settings import unused_settings
@@ -63,7 +63,9 @@ def test_tables() -> None:
     assert "**" not in rows["control"], "no mismatch is no rival"
     [row] = difference_table(runs)[2:]
     assert "| `grpo` 55.0 ± " in row
-    assert "| +9.0 ± 12.7 | 0.50 against 2.00 |" in row
+    assert "| +9.0 ± 12.7 | +0.0 ± 0.0 | 0.50 against 2.00 |" in row
+    assert math.isnan(late_reward(run("ptq", 0, 0.5))), "another engine made its rollouts"
+    assert late_reward(run("tis", 0, 0.5, reward=[0.0] * 60 + [0.5] * 10 + [0.7] * 10)) == pytest.approx(0.6)
 
 
 def test_the_sweep_orders_the_bounds_and_names_the_time(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class TestScoreCentering:
         logits, engine_logp = self.inputs()
         learner, engine = logits.softmax(-1).numpy(), engine_logp.exp().numpy()
         advantage = np.array([1.5, -0.5, 2.0])
-        term = torch.from_numpy(advantage) * mean_score(logits, engine_logp, kind, BOUNDS)
+        term = torch.from_numpy(advantage) * mean_score(logits.log_softmax(-1), engine_logp, kind, BOUNDS)
         expected = advantage * (engine * self.token_weights(kind, learner, engine) * np.log(learner)).sum(-1)
         np.testing.assert_allclose(term.numpy(), expected, atol=1e-6)
 
@@ -187,7 +187,7 @@ class TestScoreCentering:
         for token in range(self.VOCAB):
             logp = torch.log_softmax(logits, dim=-1)[:, token]
             advantage = torch.from_numpy(advantages[:, token])
-            term = advantage * mean_score(logits, engine_logp, kind, BOUNDS)
+            term = advantage * mean_score(logits.log_softmax(-1), engine_logp, kind, BOUNDS)
             loss = loss + (torch.from_numpy(engine[:, token]) * (-advantage * torch.from_numpy(weights[:, token]) * logp + term)).sum()
         loss.backward()
         scores = np.eye(self.VOCAB)[None] - learner[:, None, :]  # [prefix, token drawn, logit]: grad log p on the logits.
@@ -202,15 +202,15 @@ class TestScoreCentering:
         logits, _ = self.inputs()
         engine_logp = torch.log_softmax(logits, dim=-1)
         logits.requires_grad_(True)
-        mean_score(logits, engine_logp).sum().backward()
+        mean_score(logits.log_softmax(-1), engine_logp).sum().backward()
         assert logits.grad is not None
         assert logits.grad.abs().max() < 1e-12
 
     def test_gradient_is_the_learners_alone(self) -> None:
         logits, engine_logp = self.inputs()
         engine_logp.requires_grad_(True)
-        assert torch.autograd.gradcheck(lambda x: mean_score(x, engine_logp), (logits.requires_grad_(True),))
-        mean_score(logits, engine_logp).sum().backward()
+        assert torch.autograd.gradcheck(lambda x: mean_score(x.log_softmax(-1), engine_logp), (logits.requires_grad_(True),))
+        mean_score(logits.log_softmax(-1), engine_logp).sum().backward()
         assert engine_logp.grad is None
 
     @pytest.mark.parametrize("kind", CENTERED)
@@ -219,7 +219,7 @@ class TestScoreCentering:
         engine_logp[2, 0] = -INF
         logits[2, 0] = -INF
         logits.requires_grad_(True)
-        term = mean_score(logits, engine_logp, kind, BOUNDS)
+        term = mean_score(logits.log_softmax(-1), engine_logp, kind, BOUNDS)
         term.sum().backward()
         assert torch.isfinite(term).all()
         assert logits.grad is not None
@@ -229,4 +229,4 @@ class TestScoreCentering:
     def test_sequence_weights_are_refused(self) -> None:
         logits, engine_logp = self.inputs()
         with pytest.raises(ValueError, match="'tis_sequence'"):
-            mean_score(logits, engine_logp, "tis_sequence")  # type: ignore[arg-type]
+            mean_score(logits.log_softmax(-1), engine_logp, "tis_sequence")  # type: ignore[arg-type]

@@ -1,11 +1,13 @@
-"""The line that says what a run is about to do."""
+"""Which recipe a target gets, what the user's settings make of it, and the lines that say so."""
 
 from __future__ import annotations
 
 import pytest
 
+from deploy_targets.errors import ProfileError
+from deploy_targets.profile import load_profile, shipped_profiles
 from hetero_rl.config import load_config
-from hetero_rl.recipe import recipe_line
+from hetero_rl.recipe import RECIPES, choose, pieces, recipe_lines
 
 PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
 
@@ -29,4 +31,50 @@ PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
     ],
 )
 def test_what_it_says(settings: list[str], line: str) -> None:
-    assert recipe_line(load_config([], settings)[0]) == line
+    assert pieces(load_config([], settings)[0]) == line
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe"),
+    [
+        ("int4-onnx", "grey_box"),
+        ("q2_k-llamacpp", "grey_box"),
+        ("nf4-transformers", "grey_box"),
+        ("bf16-vllm-fp8kv", "grey_box"),
+        ("fp8-vllm", "guard"),
+        ("q8_0-llamacpp", "guard"),
+        ("bf16-vllm", "plain"),
+        ("fp32-onnx", "plain"),
+    ],
+)
+def test_auto_goes_by_what_the_target_rounds(target: str, recipe: str) -> None:
+    assert choose(load_profile(target))[0] == recipe
+    config, profile = load_config([], [], target)
+    for key, value in RECIPES[recipe].settings.get("constraint", {}).items():
+        assert getattr(config.constraint, key) == value
+    assert recipe_lines(config, profile)[0].startswith(f"recipe {recipe}, chosen for {target} because ")
+
+
+def test_every_target_gets_a_recipe_that_exists() -> None:
+    assert {choose(profile)[0] for profile in shipped_profiles().values()} <= RECIPES.keys()
+
+
+def test_settings_win_over_the_recipe() -> None:
+    assert load_config([], ["constraint.lambda_init=0.7"], "fp8-vllm")[0].constraint.lambda_init == 0.7
+    constraint = load_config([], ["constraint.signal=loss"], "fp8-vllm")[0].constraint
+    assert (constraint.signal, constraint.lambda_init) == ("loss", 1.0), "the numbers of a recipe belong to its signal"
+    assert load_config([], ["recipe=plain"], "int4-onnx")[0].constraint.signal == "off"
+    config, profile = load_config([], ["recipe=none"], "bf16-vllm")
+    assert config.constraint.signal == "grey_box"
+    assert recipe_lines(config, profile)[0] == "recipe none: the defaults of every setting"
+
+
+def test_a_recipe_that_does_not_exist_lists_the_known() -> None:
+    with pytest.raises(ProfileError) as caught:
+        load_config([], ["recipe=best"])
+    assert "recipe: Input should be 'auto', 'none', 'plain', 'guard' or 'grey_box' (got 'best')" in caught.value.offenders
+
+
+def test_a_resumed_run_keeps_what_it_began_with() -> None:
+    old, _ = load_config([], ["constraint.lambda_init=0.5"], "int4-onnx")
+    assert load_config([], [], "fp8-vllm", base=old)[0].constraint == old.constraint
