@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, num_cores
-from benchmarks.evidence.cells import ARMS, REGIMES, SUITES, TASKS, cells
+from benchmarks.evidence.cells import ARMS, FULL_PRECISION, REGIMES, SUITES, TASKS, cells
 from benchmarks.evidence.report import write_report
 from benchmarks.evidence.runner import run_cells
 
@@ -27,6 +27,7 @@ def main() -> int:
     run.add_argument("--regimes", nargs="+", choices=REGIMES)
     run.add_argument("--arms", nargs="+", choices=ARMS)
     run.add_argument("--seeds", nargs="+")
+    run.add_argument("--reference", default=FULL_PRECISION, help="target that rounds nothing (default %(default)s)")
     run.add_argument("--jobs", type=int, default=num_cores(), help="runs at a time (default %(default)s)")
     run.add_argument("--out", type=Path, default=OUT)
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting on top of those of the cells")
@@ -37,7 +38,7 @@ def main() -> int:
         return 0
     suite = SUITES[options.suite]
     choice = {key: getattr(options, key) or suite[key] for key in suite}
-    return int(run_cells(cells(choice), options.out, options.work.resolve(), options.jobs, options.set) > 0)
+    return int(run_cells(cells(choice, options.reference), options.out, options.work.resolve(), options.jobs, options.set) > 0)
 
 
 if __name__ == "__main__":

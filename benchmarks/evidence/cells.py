@@ -10,7 +10,7 @@ from pathlib import Path
 TARGETS = Path(__file__).parent / "targets"
 """Profiles of targets that are compared and not shipped."""
 FULL_PRECISION = "fp32-onnx"
-"""Rollouts by this engine differ from the learner by rounding noise alone (a gap below 1e-5)."""
+"""Rollouts by this engine differ from the learner by rounding noise alone (a gap below 1e-5). On a GPU: `--reference bf16-vllm`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,15 @@ class TaskSetup:
     settings: tuple[str, ...]
 
 
+EXPRESSION = ("task.reward=benchmarks.evidence.tasks:last_step", "loop.max_response_tokens=40", "learner.lr=1e-4")
+FEWER = ("loop.num_steps=120", "loop.prompts_per_step=16")
+"""For models and responses that two cores would take hours over."""
 TASKS = {
     "addition": TaskSetup(None, ("task.digits=3", "loop.max_response_tokens=8", "learner.lr=1e-4")),
-    "expression": TaskSetup("3M", ("task.reward=benchmarks.evidence.tasks:last_step", "loop.max_response_tokens=40", "learner.lr=1e-4")),
-    "sorting": TaskSetup("3M", ("task.reward=exact", "loop.max_response_tokens=28", "learner.lr=1e-4")),
+    "expression": TaskSetup("3M", (*EXPRESSION, *FEWER)),
+    "sorting": TaskSetup("3M", ("task.reward=exact", "loop.max_response_tokens=28", "learner.lr=1e-4", *FEWER)),
+    "expression_10M": TaskSetup("10M", (*EXPRESSION, *FEWER)),
+    "expression_100M": TaskSetup("100M", EXPRESSION),
 }
 COMMON = (
     "recipe=none", "loop.num_steps=160", "loop.prompts_per_step=32", "loop.samples_per_prompt=8", "learner.warmup_steps=10",
@@ -112,6 +117,7 @@ class Cell:
     regime: str
     arm: str
     seed: int
+    reference: str = FULL_PRECISION
 
     @property
     def key(self) -> str:
@@ -127,7 +133,7 @@ class Cell:
     @property
     def rollout_target(self) -> str:
         """The engine that makes the rollouts."""
-        return FULL_PRECISION if ARMS[self.arm].full_precision_rollouts else self.served_by
+        return self.reference if ARMS[self.arm].full_precision_rollouts else self.served_by
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -135,6 +141,7 @@ class Cell:
         return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *ARMS[self.arm].settings, f"loop.seed={self.seed}")
 
 
+FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey", "grey_dual")
 SUITES: dict[str, dict[str, Sequence[str]]] = {
     "screening": {
         "tasks": ("addition",),
@@ -151,16 +158,23 @@ SUITES: dict[str, dict[str, Sequence[str]]] = {
         "seeds": ("0", "1", "2"),
     },
     "finalists": {
-        "tasks": tuple(TASKS),
+        "tasks": ("addition", "expression", "sorting"),
         "targets": ("int4-onnx", "q2_k-llamacpp"),
         "regimes": ("on_policy", "stale"),
-        "arms": ("control", "ptq", "grpo", "tis", "grey", "grey_dual"),
+        "arms": FINALISTS,
+        "seeds": ("0", "1", "2", "3", "4"),
+    },
+    "gpu": {
+        "tasks": ("expression_100M",),
+        "targets": ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"),
+        "regimes": ("on_policy", "stale"),
+        "arms": FINALISTS,
         "seeds": ("0", "1", "2", "3", "4"),
     },
 }
 
 
-def cells(choice: dict[str, Sequence[str]]) -> Iterator[Cell]:
+def cells(choice: dict[str, Sequence[str]], reference: str = FULL_PRECISION) -> Iterator[Cell]:
     """Every combination, seed by seed, so that an early stop leaves whole comparisons."""
     for seed, task, target, regime, arm in product(*(choice[key] for key in ("seeds", "tasks", "targets", "regimes", "arms"))):
-        yield Cell(task, target, regime, arm, int(seed))
+        yield Cell(task, target, regime, arm, int(seed), reference)

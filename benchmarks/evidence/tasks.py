@@ -48,10 +48,11 @@ SAMPLERS: dict[str, Callable[[random.Random], Sample]] = {"expression": expressi
 
 
 def samples(task: str, seed: int = 0) -> Iterator[Sample]:
-    """Different problems without end."""
-    rng, seen = random.Random(f"{task}/{seed}"), set()
+    """Different problems without end; those of `expression_10M` are those of `expression`."""
+    problems = task.partition("_")[0]
+    rng, seen = random.Random(f"{problems}/{seed}"), set()
     while True:
-        sample = SAMPLERS[task](rng)
+        sample = SAMPLERS[problems](rng)
         if sample.prompt not in seen:
             seen.add(sample.prompt)
             yield sample

@@ -31,7 +31,8 @@ class Size:
     width: int
 
 
-SIZES = {"3M": Size(4, 256), "10M": Size(5, 512)}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"3M": Size(4, 256), "10M": Size(5, 512), "100M": Size(12, 768)}
 
 
 def warm_start(task: str, size: Size, folder: Path) -> float:
@@ -45,7 +46,7 @@ def warm_start(task: str, size: Size, folder: Path) -> float:
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=False,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     # The runs' own problems are those of seed 0.
     drawn, tests = samples(task, seed=1), list(islice(samples(task, seed=2), NUM_TEST))
@@ -64,7 +65,7 @@ def warm_start(task: str, size: Size, folder: Path) -> float:
             print(f"  warm start of {task}: step {step}, loss {loss.item():.3f}, solved {accuracy:.2f}", file=sys.stderr, flush=True)
             if accuracy >= STOP_ACCURACY:
                 break
-    model.eval().to(torch.bfloat16).save_pretrained(folder)
+    model.eval().cpu().to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return accuracy
 
@@ -78,13 +79,13 @@ def batch(tokenizer: Any, drawn: Sequence[Sample]) -> tuple[torch.Tensor, torch.
         tokens = prompt + solution
         inputs[index, : len(tokens) - 1] = torch.tensor(tokens[:-1])
         labels[index, len(prompt) - 1 : len(tokens) - 1] = torch.tensor(solution)
-    return inputs, labels
+    return inputs.to(DEVICE), labels.to(DEVICE)
 
 
 @torch.no_grad()
 def solved(model: Any, tokenizer: Any, tests: Sequence[Sample]) -> float:
     """Share of `tests` whose solution the model writes out exactly, greedily; prompts are as long as each other."""
-    prompts = torch.tensor([tokenizer.encode(s.prompt) for s in tests])
+    prompts = torch.tensor([tokenizer.encode(s.prompt) for s in tests], device=DEVICE)
     longest = max(len(s.solution) for s in tests) + 1
     tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=longest, do_sample=False)
     texts = tokenizer.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
