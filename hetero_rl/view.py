@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy_targets.profile import TargetProfile
+from hetero_rl.algorithm.tolerance import out_of_reach
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.metrics import PHASES
@@ -62,6 +63,9 @@ class View:
             f"{state.floor.high:.4f}); tolerance {state.tolerance:.4f}",
             highlight=False,
         )
+        caution = out_of_reach(config.constraint.signal, state.tolerance, state.floor)
+        if caution and state.step == 0:
+            self.warn(caution)
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=False)
             self._live.start()

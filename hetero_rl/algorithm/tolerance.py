@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy_targets.errors import EngineError
+from hetero_rl.algorithm.kinds import Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +54,17 @@ def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floo
     A target of 8 or more bits has a floor that the arithmetic of another CPU exceeds; nothing is served better by holding it.
     """
     return max(value * floor.mean, least) if unit == "floor" else value
+
+
+def out_of_reach(signal: Signal, tolerance: float, floor: Floor) -> str:
+    """Why no update can meet `tolerance`, for a signal that holds the engine constant; "" where one can.
+
+    Such a signal pulls the learner to the engine of before, whose weights then follow: the gap of the same weights stays (signals.py).
+    """
+    if signal not in ("loss", "advantage") or tolerance > floor.low:
+        return ""
+    return (
+        f"the tolerance {tolerance:.4f} is not above the floor (95 % interval {floor.low:.4f} to {floor.high:.4f}), and "
+        f"constraint.signal = {signal!r} cannot bring the gap below it: lambda will rise in vain. Raise constraint.tolerance, or use "
+        "constraint.signal = 'grey_box'"
+    )

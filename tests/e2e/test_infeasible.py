@@ -39,6 +39,7 @@ def test_it_does_not_eat_the_reward(tmp_path: Path) -> None:
     said, bound = trained(
         tmp_path / "bound", "constraint.signal=loss", "constraint.tolerance=0.2", "constraint.lambda_init=0.3", "constraint.patience=10"
     )
+    assert "is not above the floor" in " ".join(said.split())
     assert "the constraint is infeasible: lambda" in " ".join(said.split())
     assert "Raise constraint.tolerance, use constraint.signal = 'grey_box'" in " ".join(said.split())
     assert bound[-1]["constraint/infeasible"] == 1

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from deploy_targets.errors import EngineError
-from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.kinds import GreyBoxForm, Signal
 from hetero_rl.algorithm.signals import advantage_side, grey_box_cost, grey_box_kl, grey_box_sampled, grey_box_top, loss_side_cost
-from hetero_rl.algorithm.tolerance import Floor, measure_floor, tolerance_from
+from hetero_rl.algorithm.tolerance import Floor, measure_floor, out_of_reach, tolerance_from
 
 NAN = float("nan")
 
@@ -103,3 +103,12 @@ class TestTolerance:
         assert tolerance_from(0.7, "absolute", floor) == 0.7
         assert tolerance_from(0.7, "floor", floor, least=0.05) == 0.05
         assert tolerance_from(0.01, "absolute", floor, least=0.05) == 0.01
+
+    @pytest.mark.parametrize(
+        ("signal", "tolerance", "said"),
+        [("loss", 0.01, True), ("advantage", 0.004, True), ("loss", 0.011, False), ("grey_box", 0.004, False), ("off", 0.004, False)],
+    )
+    def test_a_bound_that_no_update_can_meet_is_named(self, signal: Signal, tolerance: float, said: bool) -> None:
+        text = out_of_reach(signal, tolerance, Floor(0.02, 0.01, 0.03, 1000))
+        assert bool(text) is said
+        assert not said or "not above the floor (95 % interval 0.0100 to 0.0300)" in text
