@@ -16,7 +16,7 @@ from hetero_rl.algorithm.tolerance import out_of_reach
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.metrics import PHASES
-from hetero_rl.recipe import pieces, recipe_lines
+from hetero_rl.recipe_text import pieces, recipe_lines
 
 SPARKS = "▁▂▃▄▅▆▇█"
 

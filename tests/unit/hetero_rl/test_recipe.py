@@ -7,7 +7,8 @@ import pytest
 from deploy_targets.errors import ProfileError
 from deploy_targets.profile import load_profile, shipped_profiles
 from hetero_rl.config import load_config
-from hetero_rl.recipe import RECIPES, choose, pieces, recipe_lines
+from hetero_rl.recipe import RECIPES, choose
+from hetero_rl.recipe_text import pieces, recipe_lines
 
 PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
 

@@ -1,0 +1,37 @@
+"""What a run says at its start: which recipe it follows, why, and the pieces that come of it."""
+
+from __future__ import annotations
+
+from deploy_targets.profile import TargetProfile
+from hetero_rl.algorithm.kinds import PAIRED
+from hetero_rl.config import RunConfig
+from hetero_rl.recipe import RECIPES, choose
+
+
+def recipe_lines(config: RunConfig, profile: TargetProfile) -> list[str]:
+    """What a run says at its start: the recipe and why, and the pieces that come of it and of the user's own settings."""
+    if config.recipe != "auto":
+        return [f"recipe {config.recipe}: {RECIPES[config.recipe].what}", pieces(config)]
+    chosen, why = choose(profile)
+    return [f"recipe {chosen}, chosen for {profile.name} because {why}: {RECIPES[chosen].what}", pieces(config)]
+
+
+def pieces(config: RunConfig) -> str:
+    """The pieces of the method that `config` has chosen, those that are off included where one would look for them."""
+    algorithm, constraint = config.algorithm, config.constraint
+    parts = [f"{algorithm.advantage} advantages", f"{algorithm.loss} loss"]
+    parts.append("no engine correction" if algorithm.correction == "none" else f"engine correction {algorithm.correction}")
+    if algorithm.score_centering:
+        parts.append("score centering")
+    if config.learner.forward == "fake_quant":
+        parts.append("a learner that computes with the rounded weights")
+    if constraint.signal == "off":
+        return ", ".join([*parts, "the gap measured and not bounded"])
+    form = f" ({constraint.grey_box_form})" if constraint.signal in PAIRED else ""
+    first = min(constraint.lambda_init, constraint.multiplier_cap)
+    if constraint.controller == "fixed":
+        return ", ".join([*parts, f"signal {constraint.signal}{form} with lambda {first:g}"])
+    how = {"dual": "dual ascent", "pid": "a PID controller"}[constraint.controller]
+    return ", ".join(
+        [*parts, f"signal {constraint.signal}{form} with lambda by {how}, {first:g} at first and {constraint.multiplier_cap:g} at most"]
+    )
