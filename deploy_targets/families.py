@@ -14,12 +14,24 @@ EMBEDDING = "model.embed_tokens.weight"
 ROUTERS = (r"re:.*\.(gate|router|shared_expert_gate)$",)
 """Modules that choose experts, in the notation of `scheme.ignore`: no quantizer touches them, as a small error there changes the expert."""
 _MODALITIES = ("vision_config", "audio_config", "text_config", "image_config", "speech_config")
+ROUTED = ("qwen3_moe",)
+"""`model_type` of the mixtures of experts whose routes can be recorded and replayed: their routers' maths is known here."""
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether the model is a mixture of experts."""
     return any(config.get(key) for key in _NUM_EXPERTS)
+
+
+def routes_problem(config: Mapping[str, Any]) -> str | None:
+    """Why the routes of a model can be neither recorded nor replayed; None when they can."""
+    kind = f"model_type {config.get('model_type')!r}"
+    if not has_experts(config):
+        return f"{kind} has no experts, so its tokens have no routes"
+    if config.get("model_type") not in ROUTED:
+        return f"the routes of {kind} are not known here, only those of {', '.join(ROUTED)}"
+    return None
 
 
 def is_expert(name: str) -> bool:

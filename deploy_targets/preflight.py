@@ -12,10 +12,10 @@ from deploy_targets.artifact import checked_layout
 from deploy_targets.catalog import ENGINES, extra_of, make_quantizer, name_problems, resolve
 from deploy_targets.device import needs_gpu, runs_on_gpu
 from deploy_targets.engines.onnx_options import missing_provider
-from deploy_targets.engines.options import options_problems
+from deploy_targets.engines.options import RETURN_ROUTES, options_problems
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import ArtifactError, ListedError, PreflightError, UsageError
-from deploy_targets.families import family_offenders, is_expert
+from deploy_targets.families import family_offenders, is_expert, routes_problem
 from deploy_targets.hardware import describe_machine, find_gpus, gpu_compute_capability, gpu_memory_gib
 from deploy_targets.memory import max_tokens, memory_offenders
 from deploy_targets.profile import TargetProfile
@@ -88,7 +88,7 @@ def preflight(
     except UsageError as error:
         offenders.append(str(error))
     try:
-        config = _read_object(model_dir / "config.json")
+        config = read_object(model_dir / "config.json")
         # What a scheme says about the tensors of a model that is not supported is noise.
         offenders += family_offenders(config, shapes) or _scheme_offenders(profile, model_dir, config, shapes)
     except UsageError as error:
@@ -97,7 +97,7 @@ def preflight(
     text_config = _text_config(config)
     offenders += _head_offenders(text_config)
     offenders += _length_offenders(profile, text_config, num_tokens) + _rope_offenders(profile, text_config)
-    offenders += _engine_offenders(profile, text_config, temperature)
+    offenders += _engine_offenders(profile, text_config, temperature) + _routes_offenders(profile, text_config)
     if offenders:
         raise PreflightError(
             f"model {model_dir.name!r} and target {profile.name!r} (scheme {profile.scheme.name}) do not fit",
@@ -116,7 +116,7 @@ def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     if (model_dir / WEIGHTS_FILE).is_file():
         shards = {WEIGHTS_FILE}
     elif index.is_file():
-        weight_map = _read_object(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
             raise UsageError(f"{index} has no weight_map of tensors to files in its own folder")
         shards = set(weight_map.values())
@@ -230,6 +230,12 @@ def _engine_offenders(profile: TargetProfile, config: Mapping[str, Any], tempera
     return [] if problem is None else [problem]
 
 
+def _routes_offenders(profile: TargetProfile, config: Mapping[str, Any]) -> list[str]:
+    """Routes that are asked for and cannot be told."""
+    problem = routes_problem(config) if config and profile.engine.options.get(RETURN_ROUTES) else None
+    return [] if problem is None else [f"engine.options.return_routes: {problem}; leave it out"]
+
+
 def _without_wrong_options(profile: TargetProfile) -> TargetProfile:
     """`profile` with those `[engine.options]` alone that validate: what follows calculates with them."""
     engine = profile.engine
@@ -250,7 +256,8 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UsageError`."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:

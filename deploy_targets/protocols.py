@@ -17,7 +17,8 @@ class Engine(Protocol):
 
     An engine class is constructed as `EngineClass(artifact_dir, options, weight_version)`: a folder in the
     engine's native format (see `Quantizer.scaffold`), the profile's `[engine.options]` table, and the version
-    of the weights lying in the folder.
+    of the weights lying in the folder. An engine that can say which experts its tokens went to has an option
+    `return_routes`, off by default; with it, `Generation.routes` are given.
     """
 
     weight_version: int

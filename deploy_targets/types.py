@@ -50,6 +50,9 @@ class Generation:
     `tokens`: int32 [num_tokens], the stop token included when there was one.
     `logps`: float32 [num_tokens], the engine's log-prob (nats) of each sampled token, after temperature.
     A log-prob the engine could not give is NaN, never 0.
+    `routes`: int16 [num_inputs, num_expert_layers, top_k], the experts that the engine sent each token to in each layer that has
+    experts, lowest layer first. Every token that was an input has them: the prompt and the response without its last token,
+    num_inputs = len(prompt) + num_tokens - 1. None where the engine was not asked for them or cannot tell.
     """
 
     prompt: tuple[int, ...]
@@ -58,6 +61,13 @@ class Generation:
     weight_version: int
     temperature: float
     finish_reason: Literal["stop", "length"]
+    routes: NDArray[np.int16] | None = None
+
+    def __post_init__(self) -> None:
+        """Routes belong to tokens one by one."""
+        num_inputs = len(self.prompt) + len(self.tokens) - 1
+        if self.routes is not None and len(self.routes) != num_inputs:
+            raise ValueError(f"routes of {len(self.routes)} tokens were given for {num_inputs} that were inputs")
 
     @property
     def sequence(self) -> TokenSequence:

@@ -187,7 +187,9 @@ def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, T
     run, config, own = open_run(run_path)
     profile = own if target is None else load_profile(target)
     if profile != own:
-        config = config.model_copy(update={"target": TargetConfig(name=str(target))})
+        # How it was trained is no matter of another target, whose engine may know of no routes.
+        algorithm = config.algorithm.model_copy(update={"routing_replay": False})
+        config = config.model_copy(update={"target": TargetConfig(name=str(target)), "algorithm": algorithm})
     return run, config, profile, profile == own
 
 

@@ -113,6 +113,9 @@ class AlgorithmConfig(_Table):
     score_centering: bool = False
     """Take the drift towards the engine out of the gradient, with the fake-quantized twin as the engine's distribution; one more
     forward pass without gradient."""
+    routing_replay: bool = False
+    """Mixtures of experts: the learner sends each token to the experts that it went to in the engine, weighed by its own router (R3). The
+    gap is then measured along these routes."""
 
     @model_validator(mode="after")
     def bounds_are_in_order(self) -> AlgorithmConfig:
@@ -337,6 +340,11 @@ class RunConfig(_Table):
             raise ValueError(
                 "loop.publish_gate judges and undoes single steps: it needs loop.publish_every = 1 and a copy of the master weights, which "
                 f"learner.zero_stage = 3 cannot hold (they are {self.loop.publish_every} and {self.learner.zero_stage})"
+            )
+        if self.loop.publish_gate is not None and self.algorithm.routing_replay:
+            raise ValueError(
+                "loop.publish_gate compares the gap before a step with one after it, for which no engine gives routes: it cannot be had "
+                "with algorithm.routing_replay"
             )
         if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
             raise ValueError(

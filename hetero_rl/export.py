@@ -84,7 +84,8 @@ def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight
         seeded = Sampling(sampling.max_tokens, sampling.temperature, PROBE_SEED + batch, sampling.stop_token_ids)
         generations = sample(parts.publisher.engine, parts.task, problems[start : start + NUM_PROBE_PROMPTS], 1, seeded)
         sequences = [g.sequence for g in generations]
-        for sequence, generation, score in zip(sequences, generations, parts.learner.score(sequences), strict=True):
+        scores = parts.learner.score(sequences, routes=[g.routes for g in generations])
+        for sequence, generation, score in zip(sequences, generations, scores, strict=True):
             probes.append(Probe(sequence, score.logps.astype(np.float32), score.greedy_tokens.astype(np.int32)))
             gaps.append(probability_gap(score.logps, generation.logps))
             count += len(generation.tokens)

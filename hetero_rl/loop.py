@@ -145,7 +145,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
             parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch)
         )
         drawn = [g.sequence for g in generations]
-        scores = parts.learner.score(drawn)
+        scores = parts.learner.score(drawn, routes=[g.routes for g in generations])
         gaps += [probability_gap(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
         sequences += drawn
         num_tokens, batch = sum(len(gap) for gap in gaps), batch + 1
@@ -184,7 +184,7 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
 
 def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences: list[TrainSequence]) -> list[TrainSequence]:
     """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
-    scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences])
+    scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences], [s.routes for s in sequences])
     return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
 
 

@@ -51,6 +51,11 @@ METRICS: dict[str, Metric] = {
     "learner/effective_share": Metric(
         "share", "effective sample size of the engine correction's weights over the response tokens; 1 without a correction, 0: all dropped"
     ),
+    "learner/router_agreement": Metric(
+        "share",
+        "of the tokens that predict a response token, times the layers of experts: where the learner's own router chooses the engine's "
+        "set of experts; null where the engine returns no routes",
+    ),
     "learner/grad_norm": Metric("1", "global gradient norm before clipping"),
     "learner/lr": Metric("1", "learning rate of the step"),
     "learner/skipped_steps": Metric("count", "optimizer steps skipped for a non-finite loss or gradient"),

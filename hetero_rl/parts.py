@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy_targets.catalog import is_rebuilt, make_quantizer
+from deploy_targets.engines.options import RETURN_ROUTES
 from deploy_targets.profile import TargetProfile
 from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
@@ -85,12 +86,19 @@ def assemble(
     if not same_target:
         state = None
     version, calibration = (0, ()) if state is None else (state.weight_version, state.calibration)
-    publisher = Publisher(learner, quantizer, profile, model_dir, serving, version, calibration)
+    served = returning_routes(profile) if config.algorithm.routing_replay else profile
+    publisher = Publisher(learner, quantizer, served, model_dir, serving, version, calibration)
     stack.callback(publisher.close)
     if state is not None:
         publisher.num_rebuilds = state.num_rebuilds
         publisher.calibrate(list(state.probes), state.reference_gap)
     return Parts(task, sampling, learner, publisher, state)
+
+
+def returning_routes(profile: TargetProfile) -> TargetProfile:
+    """The target as training runs it with `algorithm.routing_replay`; what ships is `profile` as it is."""
+    options = {**profile.engine.options, RETURN_ROUTES: True}
+    return profile.model_copy(update={"engine": profile.engine.model_copy(update={"options": options})})
 
 
 def newest_checkpoint(run: RunFolder) -> Path | None:

@@ -23,6 +23,8 @@ def pieces(config: RunConfig) -> str:
     parts.append("no engine correction" if algorithm.correction == "none" else f"engine correction {algorithm.correction}")
     if algorithm.score_centering:
         parts.append("score centering")
+    if algorithm.routing_replay:
+        parts.append("routing replay")
     if config.learner.forward == "fake_quant":
         parts.append("a learner that computes with the rounded weights")
     if constraint.signal == "off":

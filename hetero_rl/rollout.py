@@ -97,7 +97,7 @@ def train_sequences(rollouts: Rollouts, advantages: NDArray[np.float32]) -> list
             f"{rollouts.problems[0].prompt!r}. Return a number for every response it can judge"
         )
     return [
-        TrainSequence(generation.prompt, generation.tokens, generation.logps, float(advantage))
+        TrainSequence(generation.prompt, generation.tokens, generation.logps, float(advantage), routes=generation.routes)
         for generation, advantage, reward in zip(rollouts.generations, advantages.ravel(), rollouts.rewards.ravel(), strict=True)
         if np.isfinite(reward)
     ]

@@ -56,6 +56,7 @@ def step_row(
         "learner/entropy": sums.mean(sums.entropy_nats),
         "learner/clip_fraction": sums.mean(sums.num_clipped),
         "learner/effective_share": sums.effective_share,
+        "learner/router_agreement": sums.router_agreement,
         "learner/grad_norm": update.grad_norm,
         "learner/lr": update.lr,
         "learner/skipped_steps": update.num_skipped,

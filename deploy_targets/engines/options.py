@@ -21,6 +21,8 @@ OPTIONS: Mapping[str, type[EngineOptions]] = {
     "vllm": VllmOptions,
 }
 """Name of a shipped engine -> what its `[engine.options]` may hold. Engines of plug-ins check theirs when they start."""
+RETURN_ROUTES = "return_routes"
+"""The option of engines that can fill `Generation.routes`, the shipped ones and those of plug-ins."""
 
 
 def options_problems(engine: str, options: Mapping[str, Any]) -> list[str]:

@@ -222,16 +222,34 @@ def _pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
         "tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
         "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(generation.logps for generation in generations)]).astype("<f4")),
         "about": [[g.weight_version, g.temperature, g.finish_reason] for g in generations],
+        "routes": _pack_routes([generation.routes for generation in generations]),
     }
+
+
+def _pack_routes(routes: Sequence[NDArray[np.int16] | None]) -> dict[str, Any] | None:
+    """All of them as one array; None where a response has none."""
+    given = [array for array in routes if array is not None]
+    if not given or len(given) < len(routes):
+        return None
+    return {"per_token": given[0].shape[1:], "experts": _encode(np.concatenate(given).astype("<i2"))}
+
+
+def _unpack_routes(packed: Mapping[str, Any] | None, num_inputs: Sequence[int]) -> Sequence[NDArray[np.int16] | None]:
+    if packed is None:
+        return [None] * len(num_inputs)
+    num_layers, top_k = packed["per_token"]
+    flat = _decode(packed["experts"], "<i2", [num * num_layers * top_k for num in num_inputs])
+    return [experts.reshape(-1, num_layers, top_k) for experts in flat]
 
 
 def _unpack_generations(packed: Mapping[str, Any], prompts: Sequence[tuple[int, ...]]) -> list[Generation]:
     tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
     logps = _decode(packed["logps"], "<f4", packed["lengths"])
+    routes = _unpack_routes(packed["routes"], [len(prompt) + num - 1 for prompt, num in zip(prompts, packed["lengths"], strict=True)])
     return [
-        Generation(prompt, token_ids, token_logps, weight_version, temperature, finish_reason)
-        for prompt, token_ids, token_logps, (weight_version, temperature, finish_reason) in zip(
-            prompts, tokens, logps, packed["about"], strict=True
+        Generation(prompt, token_ids, token_logps, weight_version, temperature, finish_reason, experts)
+        for prompt, token_ids, token_logps, (weight_version, temperature, finish_reason), experts in zip(
+            prompts, tokens, logps, packed["about"], routes, strict=True
         )
     ]
 

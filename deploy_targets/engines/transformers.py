@@ -22,8 +22,11 @@ from deploy_targets.engines.requests import (
     read_limits,
     response_limits,
 )
+from deploy_targets.engines.route_log import RouteLog
 from deploy_targets.engines.transformers_options import TransformersOptions
 from deploy_targets.errors import DeployTargetsError, EngineError
+from deploy_targets.families import routes_problem
+from deploy_targets.routers import find_routers
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
@@ -69,6 +72,10 @@ class TransformersEngine:
         self._model.eval()
         self._quantized: QuantizedLayers | None = QuantizedLayers(self._model, dtype) if has_quantized_layers else None
         self._parameters = self._named_parameters()
+        self._routers = find_routers(self._model) if self._options.return_routes else []
+        if self._options.return_routes and not self._routers:
+            problem = routes_problem(self._model.config.to_dict()) or "none of its layers has experts"
+            raise EngineError(f"return_routes cannot be had from {artifact_dir}: {problem}")
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:
         """The parameter, or the part of one, behind every name in the weights file but for quantized layers; renamed ones are refused."""
@@ -118,10 +125,11 @@ class TransformersEngine:
         Where the logits of a row are not finite its token is an arbitrary one, with a NaN log-prob; the other rows are as without it.
         Raises `EngineError` with what PyTorch says when it fails, for lack of memory for instance.
         """
-        with _failures("generate"):
-            return self._generate(prompts, sampling)
+        routes = RouteLog(self._routers)
+        with _failures("generate"), routes.watching():
+            return self._generate(prompts, sampling, routes)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, routes: RouteLog) -> list[Generation]:
         model = self._open_model()
         if not prompts:
             return []
@@ -138,6 +146,7 @@ class TransformersEngine:
             mask[row, width - len(prompt) :] = 1
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        routes.book_prompts(mask, rows)
         cache = output.past_key_values
         cache.batch_select_indices(rows)
         logits, mask, positions = output.logits[rows, -1], mask[rows], positions[rows, -1:]
@@ -168,6 +177,7 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions + 1
             output = model(input_ids=chosen, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            routes.book_tokens(alive)
             logits = output.logits[:, -1]
         return [
             Generation(
@@ -177,6 +187,7 @@ class TransformersEngine:
                 weight_version=self.weight_version,
                 temperature=sampling.temperature,
                 finish_reason="stop" if was_stopped else "length",
+                routes=routes.routes(row),
             )
             for row, (prompt, length, was_stopped) in enumerate(zip(prompts, lengths.tolist(), stopped.tolist(), strict=True))
         ]
@@ -223,7 +234,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         self._model = self._quantized = None
-        self._parameters = {}
+        self._parameters, self._routers = {}, []
         gc.collect()
 
 

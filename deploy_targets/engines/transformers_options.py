@@ -18,5 +18,7 @@ class TransformersOptions(EngineOptions):
     """`auto` (the first GPU when there is one, else the CPU), or a device as PyTorch names it."""
     score_batch_size: int = Field(32, ge=1)
     """Sequences scored in one forward pass; bounds the memory for logits."""
+    return_routes: bool = False
+    """Say of every sampled response which experts its tokens went to (mixtures of experts; `Generation.routes`)."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads, for `engine.process = "own"` alone; None takes every core that the process may use."""

@@ -25,7 +25,7 @@ from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import follows_cache_rounding, follows_packing, register
 from hetero_rl.learner.batch_parts import split_batch
-from hetero_rl.learner.batching import MicroBatch, Tokens, micro_batches
+from hetero_rl.learner.batching import MicroBatch, Routes, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
 from hetero_rl.learner.fake_quant import add_twin, random_errors
@@ -33,6 +33,7 @@ from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
+from hetero_rl.learner.routing import check_routes
 from hetero_rl.types import TrainSequence
 
 NOISE_SEEDS = 1_000_003
@@ -97,7 +98,8 @@ class Learner:
             lm.set_attn_implementation(register())
         self.cache_rounding = cache_rounding if cache_rounding is not None and follows_cache_rounding(lm) else None
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
-        self._engine = start_engine(Policy(lm, self.twins, learner.logit_chunk_elements, self.cache_rounding), learner, num_updates)
+        policy = Policy(lm, self.twins, learner.logit_chunk_elements, self.cache_rounding, routing_replay=algorithm.routing_replay)
+        self._engine = start_engine(policy, learner, num_updates)
         self.device: torch.device = self._engine.device
         self._skipped_in_a_row, self._num_updates = 0, 0
         self._as_twin = learner.forward == "fake_quant"
@@ -116,17 +118,20 @@ class Learner:
         """The module under DeepSpeed's wrapper."""
         return self._engine.module  # type: ignore[no-any-return]
 
-    def score(self, sequences: Sequence[TokenSequence], *, as_twin: bool | None = None) -> list[LearnerScores]:
+    def score(
+        self, sequences: Sequence[TokenSequence], *, as_twin: bool | None = None, routes: Sequence[Routes | None] = ()
+    ) -> list[LearnerScores]:
         """Log-probs of the response tokens under the current weights, at the rollout temperature; no gradient.
 
         `as_twin` scores with the fake-quantized weights: what the target should answer, up to its kernels' rounding. None: as the
-        learner learns (`learner.forward`).
+        learner learns (`learner.forward`). `routes`: those that the engine gave for each sequence, which are followed with
+        `algorithm.routing_replay` alone.
         """
         prompts = [sequence.tokens[: sequence.prompt_len] for sequence in sequences]
         responses = [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
         scores: dict[int, LearnerScores] = {}
         with torch.no_grad():
-            for batch in self._micro_batches(prompts, responses):
+            for batch in self._micro_batches(prompts, responses, routes if self.algorithm.routing_replay else ()):
                 stats = self._forward(batch, as_twin=self._as_twin if as_twin is None else as_twin)
                 for (index, logps), (_, greedy) in zip(batch.unflatten(stats.logp), batch.unflatten(stats.greedy), strict=True):
                     scores[index] = LearnerScores(logps, greedy)
@@ -137,7 +142,9 @@ class Learner:
 
         Raises:
             DivergedError: loss or gradient was not finite `max_skipped_in_a_row` times in a row.
+            EngineError: routes that are to be replayed are missing, or are none of this model.
         """
+        check_routes([sequence.routes for sequence in sequences], self.policy.routers, replay=self.algorithm.routing_replay)
         num_updates = self.config.updates_per_rollout
         if num_updates > 1:
             sequences = self._with_old_logp(sequences)
@@ -174,7 +181,8 @@ class Learner:
         for part in split_batch(sequences, self.constraint, multiplier, self._num_updates):
             beside = Beside(part.grey_box, self.algorithm.centering if part.with_gradient else None)
             with torch.set_grad_enabled(part.with_gradient):
-                for batch in self._micro_batches([s.prompt for s in part.sequences], [s.tokens for s in part.sequences]):
+                prompts, responses, routes = zip(*((s.prompt, s.tokens, s.routes) for s in part.sequences), strict=True)
+                for batch in self._micro_batches(prompts, responses, routes):
                     stats = self._forward(batch, beside, as_twin=self._as_twin)
                     cost_weight = multiplier * part.cost_scale
                     loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, cost_weight)
@@ -186,7 +194,7 @@ class Learner:
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""
         missing = [i for i, sequence in enumerate(sequences) if sequence.learner_old_logp is None]
-        scores = self.score([sequences[i].sequence for i in missing])
+        scores = self.score([sequences[i].sequence for i in missing], routes=[sequences[i].routes for i in missing])
         filled = list(sequences)
         for i, score in zip(missing, scores, strict=True):
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)
@@ -196,8 +204,12 @@ class Learner:
         stats: TokenStats = self._engine(batch, self.temperature, beside=beside, as_twin=as_twin)
         return stats
 
-    def _micro_batches(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens]) -> Iterator[MicroBatch]:
-        return micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device, packed=self.packed)
+    def _micro_batches(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], routes: Sequence[Routes | None]
+    ) -> Iterator[MicroBatch]:
+        known = [array for array in routes if array is not None]
+        given = known if len(known) == len(prompts) else None
+        return micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device, packed=self.packed, routes=given)
 
     def _count_skips(self, num_skipped: int, grad_norm: float, loss: float) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if num_skipped else 0
@@ -269,12 +281,14 @@ class Learner:
         """A copy of the bf16 weights, by parameter name."""
         return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
 
-    def score_snapshot(self, snapshot: dict[str, Tensor], sequences: Sequence[TokenSequence]) -> list[LearnerScores]:
+    def score_snapshot(
+        self, snapshot: dict[str, Tensor], sequences: Sequence[TokenSequence], routes: Sequence[Routes | None] = ()
+    ) -> list[LearnerScores]:
         """`score` under the weights of a `snapshot` (rollouts of an older version); the current weights come back after it."""
         current = self.snapshot()
         self._copy_in(snapshot)
         try:
-            return self.score(sequences)
+            return self.score(sequences, routes=routes)
         finally:
             self._copy_in(current)
 

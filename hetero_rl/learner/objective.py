@@ -30,11 +30,18 @@ class LossSums(Sums):
     num_clipped: float = 0.0
     weights: float = 0.0
     squared_weights: float = 0.0
+    agreeing_routers: float = 0.0
+    num_routed: float = 0.0
     gap: GapSums = field(default_factory=GapSums)
 
     def mean(self, total: float) -> float:
         """`total` per token with a finite engine log-prob; NaN where there is none."""
         return self.gap.mean(total)
+
+    @property
+    def router_agreement(self) -> float:
+        """Mean of `TokenStats.router_agreement` over the tokens that have one; NaN where none has."""
+        return self.agreeing_routers / self.num_routed if self.num_routed else float("nan")
 
     @property
     def effective_share(self) -> float:
@@ -90,6 +97,8 @@ def objective(
             num_clipped=float(total(clipped)),
             weights=float(weight.sum()),
             squared_weights=float(weight.square().sum()),
+            agreeing_routers=0.0 if stats.router_agreement is None else float(total(stats.router_agreement)),
+            num_routed=0.0 if stats.router_agreement is None else float(mask.sum()),
             gap=gap,
         )
     return reward_loss + multiplier * cost, sums

@@ -9,18 +9,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deploy_targets.quantizers.kv_cache import CacheRounding
+from deploy_targets.routers import find_routers
 from hetero_rl.algorithm.corrections import mean_score
 from hetero_rl.algorithm.kinds import Bounds, Centered, GreyBoxForm
 from hetero_rl.algorithm.signals import grey_box_cost
 from hetero_rl.learner.attention import packed_arguments
 from hetero_rl.learner.batching import MicroBatch
 from hetero_rl.learner.fake_quant import TwinLayer, twin
+from hetero_rl.learner.routing import routed, router_agreement
 
 
 class TokenStats(NamedTuple):
     """Per response token: `logp`, with gradient; `entropy` and `greedy`, without; where asked, `twin_cost` and `mean_score`, with gradient.
 
-    float32 [num_tokens] in nats, `greedy` int64 [num_tokens].
+    float32 [num_tokens] in nats, `greedy` int64 [num_tokens]. `router_agreement`, where the batch has routes: of the token that
+    predicts it, the share of layers whose router chose the engine's experts.
     """
 
     logp: Tensor
@@ -28,6 +31,7 @@ class TokenStats(NamedTuple):
     greedy: Tensor
     twin_cost: Tensor | None = None
     mean_score: Tensor | None = None
+    router_agreement: Tensor | None = None
 
 
 class Beside(NamedTuple):
@@ -45,12 +49,22 @@ class Policy(nn.Module):
 
     lm: Any
 
-    def __init__(self, lm: nn.Module, twins: list[TwinLayer], chunk_elements: int, cache_rounding: CacheRounding | None = None) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        twins: list[TwinLayer],
+        chunk_elements: int,
+        cache_rounding: CacheRounding | None = None,
+        *,
+        routing_replay: bool = False,
+    ) -> None:
         """`lm` is a transformers causal LM whose quantized layers are `twins`; see `LearnerConfig.logit_chunk_elements`.
 
-        `cache_rounding`: what the target's KV cache does, which the twin does as well.
+        `cache_rounding`: what the target's KV cache does, which the twin does as well. `routing_replay`: learner and twin follow the
+        routes of a batch that has some; without, the learner's own are only held against them.
         """
         super().__init__()
+        self.routers, self.routing_replay = find_routers(lm), routing_replay
         self.lm = lm
         self.twins = twins
         self.chunk_elements = chunk_elements
@@ -63,11 +77,11 @@ class Policy(nn.Module):
         second forward pass, with a backward pass for the grey box alone).
         """
         targets = batch.targets
-        hidden = self._hidden(batch, as_twin)
+        hidden, agreement = self._hidden(batch, as_twin)
         other = None
         if beside != NOTHING:
             with torch.set_grad_enabled(torch.is_grad_enabled() and beside.grey_box is not None):
-                other = self._hidden(batch, not as_twin)
+                other, _ = self._hidden(batch, not as_twin)
         chunk = max(1, self.chunk_elements // int(self.lm.config.vocab_size))
         parts = []
         for start in range(0, len(targets), chunk):
@@ -76,17 +90,20 @@ class Policy(nn.Module):
             # One chunk keeps its logits for the backward pass; several would keep all of them, so they are recomputed.
             keep = len(targets) <= chunk or not torch.is_grad_enabled()
             parts.append(self._token_stats(*arguments) if keep else checkpoint(self._token_stats, *arguments, use_reentrant=False))
-        return TokenStats._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        stats = TokenStats._make(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        return stats._replace(router_agreement=agreement)
 
-    def _hidden(self, batch: MicroBatch, as_twin: bool) -> Tensor:
-        """The last hidden states that predict the response tokens, [num_tokens, hidden_size]."""
+    def _hidden(self, batch: MicroBatch, as_twin: bool) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states that predict the response tokens, [num_tokens, hidden_size], and their `router_agreement`."""
         arguments = {} if batch.packing is None else {"position_ids": batch.position_ids, **packed_arguments(batch.packing)}
         if as_twin and self.cache_rounding is not None:
             arguments["cache_rounding"] = self.cache_rounding
-        with twin(self.twins if as_twin else []):
+        routes = routed(self.routers, batch.routes, replay=self.routing_replay)
+        with twin(self.twins if as_twin else []), routes as agreed:
             hidden: Tensor = self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         # In float32, because the last token of a shared prompt stands for all its responses; `embedding` gathers, and backward in parallel.
-        return nn.functional.embedding(batch.places, hidden.flatten(0, 1).float()).to(hidden.dtype)
+        of_places = nn.functional.embedding(batch.places, hidden.flatten(0, 1).float()).to(hidden.dtype)
+        return of_places, router_agreement(agreed, batch.places)
 
     def _logits(self, hidden: Tensor, temperature: float, as_twin: bool) -> Tensor:
         with twin(self.twins if as_twin else []):

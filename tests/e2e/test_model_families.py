@@ -40,3 +40,18 @@ def test_a_family_trains_and_exports(family: str, target: str, tiny_models: Tiny
         quantizer = make_quantizer(load_profile(target), model)
         whole = {name for name in source.keys() if not quantizer.quantizes(name)}  # noqa: SIM118 (not a dict)
         assert whole <= set(artifact.keys())
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_trains_with_replayed_routes(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """Rollouts of two versions of the weights, so that old log-probs are replayed as well; what ships says nothing of routes."""
+    settings = with_settings(*SHORT_RUN, f"model.path={tiny_models('qwen3_moe')}", "algorithm.routing_replay=true", "loop.publish_every=2")
+    result = hetero_rl("train", "--target", "bf16-transformers", "--config", CONFIG, *settings, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "routing replay" in result.stdout
+    first, *rows = read_metrics(tmp_path / "run")
+    assert all(0.5 < row["learner/router_agreement"] <= 1 for row in rows)
+    assert all(row["constraint/engine_gap"] < 2 * first["constraint/floor"] for row in rows)
+    assert "return_routes" not in (tmp_path / "run" / "artifact" / "manifest.json").read_text("utf-8")
+    again = hetero_rl("export", "run", "--out", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr

@@ -18,7 +18,7 @@ from deploy_targets.engines.transformers import TransformersEngine
 from deploy_targets.errors import EngineError, PreflightError
 from deploy_targets.hardware import find_gpus
 from deploy_targets.preflight import preflight
-from deploy_targets.profile import HardwareSpec, TargetProfile, load_profile
+from deploy_targets.profile import HardwareSpec, TargetProfile, load_profile, shipped_profiles
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import WEIGHTS_FILE
 from tests.conftest import TinyModels
@@ -102,6 +102,30 @@ def test_routers_are_never_quantized_and_engines_are_told(tiny_models: TinyModel
     dense = make_quantizer(load_profile("int4-vllm"), tiny_models("qwen3"))
     dense.scaffold(tiny_models("qwen3"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+
+
+def test_no_target_quantizes_a_router(tiny_models: TinyModels) -> None:
+    """Of those that take the model at all: nowhere in the twin, nor in the file."""
+    model_dir = tiny_models("qwen3_moe")
+    tensors = load_file(model_dir / WEIGHTS_FILE)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    routers = [name for name in tensors if name.endswith(".mlp.gate.weight")]
+    assert len(routers) == 2
+    taken = []
+    for target in shipped_profiles():
+        try:
+            quantizer = make_quantizer(load_profile(target), model_dir)
+        except PreflightError:
+            continue
+        if quantizer.offenders(shapes):
+            continue
+        taken.append(target)
+        published = dict(quantizer.quantize(tensors.items()))
+        for name in routers:
+            assert not quantizer.quantizes(name), target
+            assert torch.equal(quantizer.dequantized(name, tensors[name]), tensors[name]), target
+            assert torch.equal(published[name].to(torch.bfloat16), tensors[name]), target
+    assert {"bf16-transformers", "int4-vllm", "int4-gptq-vllm", "fp8-vllm", "int8-vllm"} <= set(taken)
 
 
 def test_experts_of_a_layer_are_quantized_together_and_one_by_one(tiny_models: TinyModels) -> None:

@@ -297,9 +297,9 @@ def test_score_centering_is_the_drift_towards_the_twin(make_learner: MakeLearner
     policy, device = make_learner().policy, torch.device("cpu")
     [micro] = micro_batches(prompts, [[3]] * 8, 1000, device, packed=False)
     with torch.no_grad():
-        twin_logp = policy._logits(policy._hidden(micro, as_twin=True), 1.0, as_twin=True).log_softmax(-1)
+        twin_logp = policy._logits(policy._hidden(micro, as_twin=True)[0], 1.0, as_twin=True).log_softmax(-1)
     stats = policy(micro, 1.0, Beside(None, ("none", DEFAULT_BOUNDS["none"])))
-    logits = policy._logits(policy._hidden(micro, as_twin=False), 1.0, as_twin=False)
+    logits = policy._logits(policy._hidden(micro, as_twin=False)[0], 1.0, as_twin=False)
     expected = (twin_logp.exp() * logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(stats.mean_score, expected, rtol=1e-3, atol=1e-3)
     weights = [p for _, p in policy.lm.named_parameters()]
