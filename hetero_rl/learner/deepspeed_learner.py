@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
 from hetero_rl.learner.fake_quant import add_twin, random_errors
 from hetero_rl.learner.gram import input_grams
+from hetero_rl.learner.greedy import greedy_responses
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
@@ -221,32 +221,7 @@ class Learner:
 
     def greedy_responses(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_token_ids: Sequence[int]) -> list[list[int]]:
         """Greedy continuations by the bf16 weights, stop token included, in order."""
-        lm: Any = self.policy.lm
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        longest = max(len(prompt) for prompt in prompts) + max_tokens
-        num_rows = max(1, self.config.tokens_per_micro_batch // longest)
-        responses: dict[int, list[int]] = {}
-        with torch.no_grad():
-            for start in range(0, len(order), num_rows):
-                rows = order[start : start + num_rows]
-                width = max(len(prompts[i]) for i in rows)
-                ids = torch.zeros((len(rows), width), dtype=torch.int64, device=self.device)
-                mask = torch.zeros_like(ids)
-                for row, index in enumerate(rows):
-                    ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                    mask[row, width - len(prompts[index]) :] = 1
-                pad = stop_token_ids[0] if stop_token_ids else 0
-                out = lm.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_tokens,
-                    do_sample=False,
-                    eos_token_id=list(stop_token_ids) or None,
-                    pad_token_id=pad,
-                )
-                for row, index in enumerate(rows):
-                    responses[index] = _up_to_stop(out[row, width:].tolist(), stop_token_ids)
-        return [responses[index] for index in range(len(prompts))]
+        return greedy_responses(self.policy.lm, prompts, max_tokens, stop_token_ids, self.config.tokens_per_micro_batch, self.device)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The bf16 weights as a saved checkpoint has them (`saved_views`), one at a time; under ZeRO-3 each is gathered and let go."""
@@ -323,10 +298,3 @@ class Learner:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
-
-
-def _up_to_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in stop_token_ids:
-            return tokens[: position + 1]
-    return tokens
