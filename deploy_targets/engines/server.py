@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,6 +43,8 @@ class _Models(BaseModel):
 class _Api(Protocol):
     """What is asked of either server, in its own words."""
 
+    server: Server
+    """What it says of itself."""
     max_scored_len: int | None
     """Longest prompt + response that `score` can be given; None where the server does not say it."""
 
@@ -75,27 +77,17 @@ class ServerEngine:
         model_len, self._vocab_size = read_limits(artifact_dir, max_model_len)
         try:
             served = self._find(model)
-            api: _Api
+            self._api: _Api
             if served.owned_by == "llamacpp":
-                api = llamacpp = LlamaCppServer(self._http, self._vocab_size, weight_version)
-                software, version, server_len = "llamacpp", llamacpp.version, llamacpp.max_scored_len
+                self._api = LlamaCppServer(self._http, served.id, self._vocab_size, weight_version)
             else:
-                api = VllmServer(self._http, served.id, served.max_model_len, self._vocab_size, weight_version)
-                software, version, server_len = "vllm", self._version(), served.max_model_len
+                self._api = VllmServer(self._http, served.id, served.max_model_len, self._vocab_size, weight_version)
         except BaseException:
             self._http.close()
             raise
-        self._api = api
-        self._max_model_len = min(model_len, server_len or model_len)
-        self._max_scored_len = min(model_len, api.max_scored_len or model_len)
-        self.server = Server(
-            url=self._http.url,
-            model=served.id,
-            software="llamacpp" if software == "llamacpp" else "vllm",
-            version=version,
-            max_model_len=server_len,
-            is_local=self._http.is_local,
-        )
+        self.server = self._api.server
+        self._max_model_len = min(model_len, self.server.max_model_len or model_len)
+        self._max_scored_len = min(model_len, self._api.max_scored_len or model_len)
 
     def _find(self, model: str | None) -> _Model:
         try:
@@ -109,13 +101,6 @@ class ServerEngine:
         if model is not None and model not in models:
             raise UsageError(f"the server at {self._http.url} does not serve the model {model!r}; it serves: {names}")
         return models[model] if model is not None else next(iter(models.values()))
-
-    def _version(self) -> str:
-        try:
-            answer: Any = self._http.get("/version")
-        except NotFoundError:
-            return "unknown"
-        return str(answer.get("version", "unknown")) if isinstance(answer, dict) else "unknown"
 
     def update(self, weights: WeightFile) -> int:
         """Refused: raises `UsageError`."""

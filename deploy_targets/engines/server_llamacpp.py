@@ -20,13 +20,13 @@ from pydantic import BaseModel
 from deploy_targets.engines.http_json import JsonServer
 from deploy_targets.engines.server_answers import finished, logp_of, parsed
 from deploy_targets.errors import EngineError, UsageError
-from deploy_targets.types import Generation, TokenScores, TokenSequence
+from deploy_targets.types import Generation, Server, TokenScores, TokenSequence
 
 _PATH = "/completion"
 _FORCED_NATS = 1e4
 """Bias of the token to be scored: no logit of another one comes near."""
 _NEUTRAL: Mapping[str, Any] = {
-    "samplers": ["temperature"], "temperature": 0.0, "repeat_penalty": 1.0, "mirostat": 0, "cache_prompt": True,
+    "samplers": ["temperature"], "backend_sampling": False, "temperature": 0.0, "repeat_penalty": 1.0, "mirostat": 0, "cache_prompt": True,
     "return_tokens": True, "n_probs": 1, "post_sampling_probs": False, "stream": False,
 }  # fmt: skip
 
@@ -59,14 +59,16 @@ class _Completion(BaseModel):
 
 
 class LlamaCppServer:
-    """Asks for the one model of the server."""
+    """Asks for one of the server's models."""
 
-    def __init__(self, http: JsonServer, vocab_size: int, weight_version: int) -> None:
+    def __init__(self, http: JsonServer, model: str, vocab_size: int, weight_version: int) -> None:
         """Ask for the server's version and the length of its slots."""
-        self._http, self._vocab_size, self._weight_version = http, vocab_size, weight_version
+        self._http, self._model, self._vocab_size, self._weight_version = http, model, vocab_size, weight_version
         props = parsed(_Props, http.get("/props"), http.url, "GET /props")
-        self.version = props.build_info
-        self.max_scored_len = props.default_generation_settings.n_ctx
+        slot_len = props.default_generation_settings.n_ctx
+        # A slot that a token fills to the last place calls the answer truncated.
+        self.max_scored_len = slot_len - 1 if slot_len else None
+        self.server = Server(http.url, model, "llamacpp", props.build_info, self.max_scored_len, http.is_local)
 
     def score(self, sequences: Sequence[TokenSequence], temperature: float) -> list[TokenScores]:
         """Token by token. Raises `UsageError` for another temperature than 1, which needs every log-prob of every token."""
@@ -116,7 +118,7 @@ class LlamaCppServer:
         )
 
     def _complete(self, prompt: Sequence[int], extra: Mapping[str, Any], where: str) -> _Completion:
-        body = {"prompt": list(prompt), **_NEUTRAL, **extra}
+        body = {"model": self._model, "prompt": list(prompt), **_NEUTRAL, **extra}
         answer = parsed(_Completion, self._http.post(_PATH, body), self._http.url, f"POST {_PATH}")
         if answer.tokens_evaluated != len(prompt) or answer.truncated:
             raise EngineError(f"{where}: the server read {answer.tokens_evaluated} tokens of {len(prompt)} that it was given")

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from deploy_targets.engines.http_json import JsonServer
+from deploy_targets.engines.http_json import JsonServer, NotFoundError
 from deploy_targets.engines.server_answers import finished, logp_of, parsed
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import EngineError, UsageError
-from deploy_targets.types import Generation, TokenScores, TokenSequence
+from deploy_targets.types import Generation, Server, TokenScores, TokenSequence
 
 _PATH = "/v1/completions"
-_PROMPTS_PER_REQUEST = 32
+_PROMPTS_PER_REQUEST = 128
 _NEUTRAL: Mapping[str, Any] = {
     # Else the server takes them from the model's generation_config.json.
     "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
     "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "ignore_eos": True, "return_token_ids": True,
 }  # fmt: skip
+
+
+class _Version(BaseModel):
+    version: str
 
 
 class _Logprob(BaseModel):
@@ -50,7 +54,9 @@ class VllmServer:
     """Asks for one of the server's models."""
 
     def __init__(self, http: JsonServer, model: str, max_model_len: int | None, vocab_size: int, weight_version: int) -> None:
+        """Ask for the server's version. `max_model_len` is what it says of the model."""
         self._http, self._model, self._vocab_size, self._weight_version = http, model, vocab_size, weight_version
+        self.server = Server(http.url, model, "vllm", _version(http), max_model_len, http.is_local)
         # vLLM generates a token also when it only scores.
         self.max_scored_len = None if max_model_len is None else max_model_len - 1
 
@@ -133,6 +139,13 @@ class VllmServer:
             if choice.prompt_token_ids != list(prompt):
                 raise EngineError(f"the server at {self._http.url} read other tokens than it was given: {choice.prompt_token_ids[:8]}...")
         return choices
+
+
+def _version(http: JsonServer) -> str:
+    try:
+        return parsed(_Version, http.get("/version"), http.url, "GET /version").version
+    except NotFoundError:
+        return "unknown"
 
 
 def _tempered(logps: Mapping[int, float], token: int, temperature: float) -> float:

@@ -94,7 +94,7 @@ def test_it_says_what_it_asked(server: FakeServer, folder: Path) -> None:
     found = ask(server, folder).server
     version = {"vllm": "0.32.0", "llamacpp": "b7000-abc"}[server.software]
     assert (found.url, found.model, found.software, found.version) == (server.url, "tiny", server.software, version)
-    assert (found.max_model_len, found.is_local) == (512, True)
+    assert (found.max_model_len, found.is_local) == ({"vllm": 512, "llamacpp": 511}[server.software], True)
 
 
 def test_nothing_is_left_to_the_servers_defaults(vllm: FakeServer, folder: Path) -> None:
@@ -133,11 +133,10 @@ def test_what_a_server_is_not_asked(server: FakeServer, folder: Path) -> None:
 
 
 def test_probes_longer_than_the_server_takes(server: FakeServer, folder: Path) -> None:
-    """vLLM generates one more token than it scores."""
-    server.max_model_len = 5
-    most = 4 if server.software == "vllm" else 5
-    fails(UsageError, lambda: ask(server, folder).score(SEQUENCES), f"sequence 0: 6 tokens > max_model_len {most}")
-    assert all(len(made.prompt) + len(made.tokens) <= 5 for made in ask(server, folder).generate(PROMPTS, GREEDY))
+    """vLLM generates one more token than it scores, and llama.cpp never fills a slot."""
+    server.max_model_len = 6
+    fails(UsageError, lambda: ask(server, folder).score(SEQUENCES), "sequence 0: 6 tokens > max_model_len 5")
+    assert all(len(made.prompt) + len(made.tokens) <= 6 for made in ask(server, folder).generate(PROMPTS, GREEDY))
 
 
 # What goes wrong before anything is measured
