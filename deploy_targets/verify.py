@@ -49,7 +49,7 @@ def verify(
 
     `manifest` comes from `check_artifact`, which must have passed before the engine was started. Without `reward`, or without a
     task sample in the artifact, task accuracy is not measured and has no gate. `server` is what `engine` asks, where it starts none:
-    versions of the report are then the server's.
+    versions of the report are then the server's, beside this package's own.
 
     Raises `ProofError` when engine or probes hold another weight_version than the manifest, `EngineError` when the engine answers
     with the wrong number of tokens, `ArtifactError` for a damaged task sample, `UsageError` for a reward of the wrong length.
@@ -68,7 +68,7 @@ def verify(
         task=task,
         gates=gates,
         artifact_sha256=sha256_of(artifact_dir / MANIFEST_FILE),
-        engine_versions=package_versions() if server is None else {server.software: server.version},
+        engine_versions=package_versions() if server is None else {**package_versions(["hetero-rl"]), server.software: server.version},
         machine=describe_machine(),
         manifest=manifest,
         temperature=probes.temperature,

@@ -127,7 +127,8 @@ def test_a_running_server(bundle: Path, server: FakeServer, tmp_path: Path) -> N
     assert report["engine"]["server"] == {
         "url": server.url, "model": "tiny", "software": "vllm", "version": "0.32.0", "max_model_len": 512, "is_local": True,
     }  # fmt: skip
-    assert (report["engine"]["name"], report["engine"]["versions"], report["engine"]["options"]) == ("vllm", {"vllm": "0.32.0"}, None)
+    assert (report["engine"]["name"], report["engine"]["options"]) == ("vllm", None)
+    assert report["engine"]["versions"] == {"hetero-rl": report["engine"]["versions"]["hetero-rl"], "vllm": "0.32.0"}
     assert "0.32.0" in (tmp_path / "v.html").read_text()
 
 
