@@ -5,9 +5,10 @@
     probes.st     golden probes: token sequences with the learner's log-probs (`probes.py`)
     task_sample.jsonl      optional: prompts on which task accuracy is measured on the target
     manifest.json          written last: an artifact with a manifest is complete
+    model.sig              optional: a signature of all of these (`signing.py`)
 
 The hashes find damage and careless edits; they are no signature. Whoever can rewrite the manifest can rewrite its hashes:
-compare the sha256 of `manifest.json` itself (`artifact_sha256` in every report) with the one printed at export.
+require a signature, or compare the sha256 of `manifest.json` itself (`artifact_sha256` in every report) with the one printed at export.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from deploy_targets.errors import ArtifactError
 from deploy_targets.gguf_file import read_gguf
@@ -23,11 +24,13 @@ from deploy_targets.hardware import describe_machine, package_versions
 from deploy_targets.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    SIGNATURE_FILE,
     FileRecord,
     Manifest,
     SamplingRecord,
     TaskRecord,
     damaged,
+    is_safe_name,
     parse_manifest,
     read_manifest,
     seal,
@@ -86,7 +89,7 @@ def write_manifest(
         "task": task,
         "package_versions": versions,
         "machine": describe_machine(),
-        "files": {name: _record(folder / name) for name in sorted(names - {MANIFEST_FILE})},
+        "files": {name: _record(folder / name) for name in sorted(names - {MANIFEST_FILE, SIGNATURE_FILE})},
         "tensors": _tensor_hashes(folder / weights[0]),
     }
     manifest, data = seal(fields)
@@ -105,8 +108,8 @@ def check_artifact(folder: Path) -> Manifest:
     problems += unsafe
     if manifest is not None:
         for name in sorted(set(manifest.files) - present):
-            problems.append(f"{name}: is missing" if _safe_name(name) else f"{name!a}: is no name that a file of an artifact may have")
-        problems += [f"{name}: is not in the manifest" for name in sorted(present - set(manifest.files) - {MANIFEST_FILE})]
+            problems.append(f"{name}: is missing" if is_safe_name(name) else f"{name!a}: is no name that a file of an artifact may have")
+        problems += [f"{name}: is not in the manifest" for name in sorted(present - set(manifest.files) - {MANIFEST_FILE, SIGNATURE_FILE})]
         for name in sorted(present & set(manifest.files)):
             problems += _file_problems(folder, name, manifest)
     if problems or manifest is None:
@@ -185,16 +188,11 @@ def _list_files(folder: Path) -> tuple[set[str], list[str]]:
             name = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 problems.append(f"{name}: is a symlink; an artifact holds only regular files")
-            elif path.is_file() and _safe_name(name):
+            elif path.is_file() and is_safe_name(name):
                 names.add(name)
             elif not path.is_dir():
                 problems.append(f"{name!a}: is no regular file, or its name is not allowed")
     return names, problems
-
-
-def _safe_name(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and path.as_posix() == name and name.isprintable()
 
 
 def _record(path: Path) -> FileRecord:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy_targets.manifest import Manifest
-from deploy_targets.types import Machine
+from deploy_targets.types import Machine, Server
 
 Verdict = Literal["pass", "warn", "undecided", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "undecided", "fail")
@@ -148,15 +148,18 @@ class Report:
     temperature: float
     seconds: float
     created: str
+    server: Server | None = None
+    """The server that was asked, where none was started here: `machine` is then only the machine that asked."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; a number that is infinite or was not measured is null."""
         profile, recorded = self.manifest.profile, self.manifest.task
         engine = {
-            "name": profile.engine.name,
+            "name": profile.engine.name if self.server is None else self.server.software,
             "versions": self.engine_versions,
-            "options": {"max_model_len": profile.max_model_len, **profile.engine.options},
+            "options": {"max_model_len": profile.max_model_len, **profile.engine.options} if self.server is None else None,
             "weight_version": self.manifest.weight_version,
+            "server": None if self.server is None else asdict(self.server),
         }
         fields = {
             "verdict": self.verdict,

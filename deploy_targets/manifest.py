@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,9 +16,13 @@ from deploy_targets.profile import TargetProfile, validation_lines
 from deploy_targets.types import Machine
 
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "model.sig"
+"""Where a signature of the artifact lies, made after the manifest and of it too: the one file that the manifest does not list."""
 FORMAT_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 1024
 _FIX = "Copy the artifact again from where it was exported, or export it again; do not edit it by hand."
 
 
@@ -150,6 +154,22 @@ def parse_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
         return Manifest.model_validate(entries), problems
     except ValidationError as error:
         return None, problems + [f"{MANIFEST_FILE}: field {line}" for line in validation_lines(error)]
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `name` is a relative POSIX path that stays below its folder and that every file system can hold."""
+    path = PurePosixPath(name)
+    lengths = [len(part.encode("utf-8", "replace")) for part in path.parts]
+    return (
+        bool(lengths)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and path.as_posix() == name
+        and name.isprintable()
+        and max(lengths) <= _MAX_NAME_BYTES
+        and sum(lengths) <= _MAX_PATH_BYTES
+    )
 
 
 def _entry_problems(entries: Mapping[str, Any]) -> list[str]:

@@ -119,3 +119,18 @@ class Machine:
     memory_gib: float
     gpus: tuple[str, ...] = ()
     cpu_features: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that ran already when it was asked: all that it says about itself. Nothing proves which bytes it loaded."""
+
+    url: str
+    model: str
+    software: Literal["vllm", "llamacpp"]
+    version: str
+    """Of the software, `unknown` where the server does not say it."""
+    max_model_len: int | None
+    """Longest prompt + response it takes, in tokens; None where it does not say it."""
+    is_local: bool
+    """Whether it runs on the machine that asked."""

@@ -21,7 +21,7 @@ from deploy_targets.gates import Gap, Report, TaskResult, judge, worst
 from deploy_targets.hardware import describe_machine, package_versions
 from deploy_targets.probes import ProbeSet
 from deploy_targets.protocols import Engine
-from deploy_targets.types import Sampling
+from deploy_targets.types import Sampling, Server
 from deploy_targets.weights_file import sha256_of
 
 Reward = Callable[[list[str], list[str], dict[str, list[Any]]], Sequence[float | None]]
@@ -43,11 +43,13 @@ def verify(
     *,
     reward: Reward | None = None,
     progress: Progress | None = None,
+    server: Server | None = None,
 ) -> Report:
     """Measure `engine`, which serves the artifact in `artifact_dir`, and judge it by the gates of the artifact's profile.
 
     `manifest` comes from `check_artifact`, which must have passed before the engine was started. Without `reward`, or without a
-    task sample in the artifact, task accuracy is not measured and has no gate.
+    task sample in the artifact, task accuracy is not measured and has no gate. `server` is what `engine` asks, where it starts none:
+    versions of the report are then the server's, beside this package's own.
 
     Raises `ProofError` when engine or probes hold another weight_version than the manifest, `EngineError` when the engine answers
     with the wrong number of tokens, `ArtifactError` for a damaged task sample, `UsageError` for a reward of the wrong length.
@@ -66,12 +68,13 @@ def verify(
         task=task,
         gates=gates,
         artifact_sha256=sha256_of(artifact_dir / MANIFEST_FILE),
-        engine_versions=package_versions(),
+        engine_versions=package_versions() if server is None else {**package_versions(["hetero-rl"]), server.software: server.version},
         machine=describe_machine(),
         manifest=manifest,
         temperature=probes.temperature,
         seconds=time.perf_counter() - started,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        server=server,
     )
 
 

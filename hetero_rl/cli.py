@@ -59,21 +59,25 @@ def train(
     raise typer.Exit(run_training(_console(), target, config or [], settings or [], run_dir, resume=resume, dry_run=dry_run))
 
 
-@app.command(epilog="Example:  hetero-rl export runs/int4-onnx-20260101-120000 --out artifact")
+@app.command(
+    epilog="Example:  hetero-rl export runs/RUN --bundle model.tar.zst   ·   hetero-rl export runs/RUN/artifact --bundle model.tar.zst"
+)
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Path, typer.Option(help="Folder of the artifact; must not exist.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or the artifact folder of an earlier export.")],
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the artifact; must not exist.")] = None,  # noqa: UP045
+    bundle: Annotated[Optional[Path], typer.Option(help="The artifact as one file that travels (tar, zstd); must not exist.")] = None,  # noqa: UP045
+    sign: Annotated[Optional[Path], typer.Option(help="Sign the artifact with this private key (PEM, elliptic curve).")] = None,  # noqa: UP045
     target: TargetOption = None,
 ) -> None:
-    """Export the newest checkpoint of a run as an artifact; --target: for another target than it was trained for."""
+    """Export the newest checkpoint of a run as an artifact; --target: for another target. An artifact is packed or signed as it is."""
     from hetero_rl.commands import run_export
 
-    run_export(_console(), run, target, out)
+    run_export(_console(), run, target, out, bundle, sign)
 
 
-@app.command("verify-deploy", epilog="Example:  hetero-rl verify-deploy runs/RUN/artifact --json verdict.json --html verdict.html")
+@app.command("verify-deploy", epilog="Example:  hetero-rl verify-deploy model.tar.zst --json verdict.json --html verdict.html")
 def verify_deploy(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, or the bundle of one.")],
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.")] = None,  # noqa: UP045
     html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
     reward: Annotated[
@@ -82,11 +86,27 @@ def verify_deploy(
             help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."
         ),
     ] = None,
+    keep: Annotated[Optional[Path], typer.Option(help="Unpack the bundle into this folder, which must not exist, and keep it.")] = None,  # noqa: UP045
+    server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Measure the vLLM or llama.cpp server that runs at this URL, instead of starting an engine; its key: HETERO_RL_API_KEY."
+        ),
+    ] = None,
+    model: Annotated[Optional[str], typer.Option(help="Which model of the --server, where it serves several.")] = None,  # noqa: UP045
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Refuse an artifact that the key of --public-key did not sign.")
+    ] = False,
+    public_key: Annotated[Optional[Path], typer.Option(help="Public key (PEM) for --require-signature.")] = None,  # noqa: UP045
+    sign_report: Annotated[Optional[Path], typer.Option(help="Sign the --json report with this private key, into FILE.sig.")] = None,  # noqa: UP045
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail or undecided."""
     from hetero_rl.commands import run_verify
+    from hetero_rl.delivery import Trust
 
-    raise typer.Exit(0 if run_verify(_console(), artifact, json_file, html_file, reward) else EXIT_GATE)
+    trust = Trust(require_signature, public_key, sign_report)
+    may_deploy = run_verify(_console(), artifact, json_file, html_file, reward, keep=keep, server=server, model=model, trust=trust)
+    raise typer.Exit(0 if may_deploy else EXIT_GATE)
 
 
 @app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")

@@ -11,15 +11,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy_targets.artifact import PROBES_FILE, check_artifact
-from deploy_targets.catalog import open_engine
+from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
 from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
+from deploy_targets.gates import Report
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import TargetProfile, load_profile
 from deploy_targets.report import print_table, write_html
+from deploy_targets.signing import check_private_key, sign_file
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, TargetConfig, load_config
+from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_pack
 from hetero_rl.errors import RunFolderError
 from hetero_rl.inputs import check_inputs
 from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
@@ -84,12 +86,42 @@ def run_training(
     return 0
 
 
-def run_export(console: Console, run_path: Path, target: str | None, out: Path) -> None:
-    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request."""
+def run_export(console: Console, source: Path, target: str | None, out: Path | None, bundle: Path | None, sign: Path | None) -> None:
+    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request.
+
+    Where `source` is an artifact already, its bytes stay as they are: it is only signed and packed.
+    """
+    is_artifact = (source / MANIFEST_FILE).is_file()
+    if is_artifact and (out is not None or target is not None):
+        raise UsageError(
+            f"{source} is an artifact already: give --bundle or --sign. --out and --target want the run folder that it came from"
+        )
+    if out is None and bundle is None and not (is_artifact and sign):
+        raise UsageError("export needs --out FOLDER, --bundle FILE or both" + (", or --sign KEY" if is_artifact else ""))
+    for path, option in ((out, "--out"), (bundle, "--bundle")):
+        if path is not None and path.exists():
+            raise UsageError(f"{path} exists already; give another {option}")
+        check_output(path, option)
+    folder = source if is_artifact else out
+    if bundle is not None and folder is not None and bundle.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--bundle {bundle} lies in the artifact {folder}, which holds nothing but its own files")
+    if sign is not None:
+        check_private_key(sign)
+    if is_artifact:
+        check_artifact(source)
+        sign_and_pack(console, source, bundle, sign)
+        return
+    with tempfile.TemporaryDirectory(dir=(out or bundle or source).resolve().parent) as scratch:
+        folder = out or Path(scratch) / "artifact"
+        accuracy = _export_run(console, source, target, folder)
+        console.print(f"deployed accuracy {accuracy:.1%}", highlight=False)
+        sign_and_pack(console, folder, bundle, sign)
+    if out is not None:
+        console.print(f"artifact {out}", highlight=False, soft_wrap=True)
+
+
+def _export_run(console: Console, run_path: Path, target: str | None, out: Path) -> float:
     run, config, profile, same_target = _opened(run_path, target)
-    if out.exists():
-        raise UsageError(f"{out} exists already; give another --out")
-    check_output(out, "--out")
     _prepare_process()
     inputs = check_inputs(config, profile)
     from hetero_rl.export import export_artifact
@@ -103,16 +135,43 @@ def run_export(console: Console, run_path: Path, target: str | None, out: Path) 
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
         parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target)
         view.phase(f"exporting {checkpoint.name}")
-        accuracy = export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
-    console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
+        return export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
 
 
-def run_verify(console: Console, artifact: Path, json_file: Path | None, html_file: Path | None, reward_name: str | None) -> bool:
+def run_verify(
+    console: Console,
+    artifact: Path,
+    json_file: Path | None,
+    html_file: Path | None,
+    reward_name: str | None,
+    *,
+    keep: Path | None,
+    server: str | None,
+    model: str | None,
+    trust: Trust,
+) -> bool:
     """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
     check_output(json_file, "--json")
     check_output(html_file, "--html")
-    manifest = check_artifact(artifact)
-    _require_runnable(manifest.profile)
+    trust.check(json_file)
+    if model is not None and server is None:
+        raise UsageError("--model names a model of a running server: give --server URL too")
+    with ExitStack() as stack:
+        folder, manifest = checked_artifact(artifact, keep, trust, stack)
+        report = _measured(console, folder, manifest, reward_name, server, model)
+    print_table(report, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+        if trust.sign_report is not None:
+            sign_file(json_file, trust.sign_report)
+    if html_file is not None:
+        write_html(report, html_file)
+    return report.verdict in ("pass", "warn")
+
+
+def _measured(console: Console, folder: Path, manifest: Manifest, reward_name: str | None, server: str | None, model: str | None) -> Report:
+    if server is None:
+        _require_runnable(manifest.profile)
     _prepare_process()
     from hetero_rl.tasks.rewards import artifact_reward
 
@@ -123,21 +182,18 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
             soft_wrap=True,
         )
-    with console.status("replaying probes") as status:
-        engine = open_engine(manifest.profile, artifact, manifest.weight_version)
-        try:
-            report = verify(
-                artifact, engine, manifest, read_probes(artifact / PROBES_FILE), reward=reward,
-                progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
-            )  # fmt: skip
-        finally:
-            engine.close()
-    print_table(report, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
-    if html_file is not None:
-        write_html(report, html_file)
-    return report.verdict in ("pass", "warn")
+    with console.status("replaying probes") as status, ExitStack() as stack:
+        engine, asked = opened_engine(folder, manifest, server, model)
+        stack.callback(engine.close)
+        if asked is not None:
+            where = "" if asked.is_local else "; the hardware in the report is that of this machine, not the server's"
+            console.print(
+                f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
+            )
+        return verify(
+            folder, engine, manifest, read_probes(folder / PROBES_FILE), reward=reward, server=asked,
+            progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+        )  # fmt: skip
 
 
 def run_evaluation(

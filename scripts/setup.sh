@@ -11,9 +11,9 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then exit 0; fi
 
 find_python() {
   for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
-    [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$candidate"; return; }
+    [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' 2>/dev/null && { echo "$candidate"; return; }
   done
-  echo "error: no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3 bash $0" >&2
+  echo "error: no Python 3.11.4 or newer found; install one, or name it: PYTHON=/path/to/python3 bash $0" >&2
   exit 2
 }
 [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"

@@ -12,8 +12,9 @@ import numpy as np
 from deploy_targets.artifact import PROBES_FILE, TASK_SAMPLE_FILE, Manifest, SamplingRecord, TaskRecord, write_manifest
 from deploy_targets.engines.fake import FakeEngine
 from deploy_targets.probes import Probe, ProbeSet, write_probes
-from deploy_targets.profile import GateSpec, load_profile
-from deploy_targets.types import Sampling, TokenSequence
+from deploy_targets.profile import GateSpec, TargetProfile, load_profile
+from deploy_targets.protocols import Engine
+from deploy_targets.types import Sampling
 from tests.models import EOS_ID
 
 VERSION = 3
@@ -33,20 +34,35 @@ def make_artifact(
     """Probes of `num_sequences` x 20 tokens whose learner log-probs are `shift` of the fake engine's own."""
     shutil.copytree(model_dir, folder)
     engine = FakeEngine(folder, {}, VERSION)
+    profile = load_profile("fake").model_copy(update={"gates": gates or GateSpec()})
+    manifest = seal(folder, engine, profile, num_sequences=num_sequences, shift=shift, tolerance=tolerance, accuracy=accuracy)
+    engine.close()
+    return manifest
+
+
+def seal(
+    folder: Path,
+    engine: Engine,
+    profile: TargetProfile,
+    *,
+    num_sequences: int = 20,
+    shift: Shift = lambda logps: logps,
+    tolerance: float = 0.01,
+    accuracy: float | None = None,
+) -> Manifest:
+    """An artifact of the folder that `engine` serves, with what it answers itself as the learner's log-probs, but for `shift`."""
     prompts = [[3 + i % 10, 13, 4 + i % 7, 17] for i in range(num_sequences)]
     generations = engine.generate(prompts, Sampling(max_tokens=20, seed=1))
-    sequences = [TokenSequence((*g.prompt, *g.tokens.tolist()), len(g.prompt)) for g in generations]
+    sequences = [generation.sequence for generation in generations]
     scores = engine.score(sequences)
     probes = [Probe(seq, shift(s.logps).astype(np.float32), s.greedy_tokens) for seq, s in zip(sequences, scores, strict=True)]
-    write_probes(folder / PROBES_FILE, ProbeSet(tuple(probes), 1.0, VERSION))
+    write_probes(folder / PROBES_FILE, ProbeSet(tuple(probes), 1.0, engine.weight_version))
     rows = [{"prompt_tokens": prompt, "prompt": f"p{i}", "columns": {"answer": i}} for i, prompt in enumerate(prompts)]
     (folder / TASK_SAMPLE_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    engine.close()
-    profile = load_profile("fake").model_copy(update={"gates": gates or GateSpec()})
     return write_manifest(
         folder,
         profile=profile,
-        weight_version=VERSION,
+        weight_version=engine.weight_version,
         source_model="tiny",
         floor=0.004,
         tolerance=tolerance,

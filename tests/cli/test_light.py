@@ -11,13 +11,18 @@ import pytest
 
 from tests.command_line import hetero_rl
 
-HEAVY = ("torch", "transformers", "deepspeed", "vllm", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "pandas")
+HEAVY = ("model_signing", "torch", "transformers", "deepspeed", "vllm", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "pandas")
 HEAVY_TO_VERIFY = ("torch", "transformers", "deepspeed", "vllm", "llama_cpp")
 HELP_CPU_S = 0.4
+VERIFY_CPU_S = 0.5
+
+
+VERIFY = ("hetero_rl.commands", "deploy_targets.bundle", "deploy_targets.engines.server")
+"""What `verify-deploy` imports before it looks at an artifact, and by the way to a server."""
 
 
 @pytest.mark.parametrize(
-    "module", ["hetero_rl.cli", "hetero_rl.config", "deploy_targets", "deploy_targets.catalog", "deploy_targets.artifact"]
+    "module", ["hetero_rl.cli", "hetero_rl.config", "deploy_targets", "deploy_targets.catalog", "deploy_targets.artifact", *VERIFY]
 )
 def test_import_is_light(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
@@ -54,6 +59,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_help_answers_at_once() -> None:
     """CPU time of a fresh process, best of five: another load on the machine does not count."""
     assert min(cpu_s(sys.executable, "-m", "hetero_rl", "--help") for _ in range(5)) < HELP_CPU_S
+
+
+def test_verify_imports_at_once() -> None:
+    """The same for what `verify-deploy` imports before it opens a bundle."""
+    assert min(cpu_s(sys.executable, "-c", f"import {', '.join(VERIFY)}") for _ in range(5)) < VERIFY_CPU_S
 
 
 def cpu_s(*command: str) -> float:

@@ -73,9 +73,13 @@ def test_exported_weights_are_those_that_were_served(run: Path) -> None:
 
 
 def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
-    result = hetero_rl("export", run, "--out", "again", cwd=tmp_path)
+    result = hetero_rl("export", run, "--out", "again", "--bundle", "again.tar.zst", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sha256_of(tmp_path / "again" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"again", "again.tar.zst"}
+    verified = hetero_rl("verify-deploy", "again.tar.zst", "--json", "v.json", cwd=tmp_path)
+    assert verified.returncode == 0, verified.stdout
+    assert json.loads((tmp_path / "v.json").read_text())["artifact_sha256"] == sha256_of(tmp_path / "again" / "manifest.json")
 
 
 def test_verify_deploy(run: Path, tmp_path: Path) -> None:
@@ -267,11 +271,11 @@ def test_the_weights_of_a_run_on_another_target(run: Path, tmp_path: Path) -> No
     numbers = json.loads((tmp_path / "eval.json").read_text())
     assert numbers["constraint/engine_gap"] < 1e-4 < read_metrics(run)[-1]["constraint/engine_gap"]
     assert numbers["eval/learner_accuracy"] == read_metrics(run)[-1]["eval/learner_accuracy"]
-    exported = hetero_rl("export", run, "--target", "int8-onnx", "--out", "int8", cwd=tmp_path)
+    exported = hetero_rl("export", run, "--target", "int8-onnx", "--bundle", "int8.tar.zst", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
-    assert json.loads((tmp_path / "int8" / "manifest.json").read_text())["profile"]["name"] == "int8-onnx"
-    verified = hetero_rl("verify-deploy", "int8", cwd=tmp_path)
+    verified = hetero_rl("verify-deploy", "int8.tar.zst", "--keep", "int8", cwd=tmp_path)
     assert verified.returncode == 0, verified.stdout
+    assert json.loads((tmp_path / "int8" / "manifest.json").read_text())["profile"]["name"] == "int8-onnx"
     fails(hetero_rl("export", run, "--target", "int5-onnx", "--out", "none", cwd=tmp_path), 2, "int5-onnx")
     assert not (tmp_path / "none").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import pytest
 from deploy_targets.profile import load_profile
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import read_metrics
-from tests.command_line import SHORT_RUN, hetero_rl, with_settings
+from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
 from tests.vllm_server import vllm_server
 
 pytest.importorskip("vllm.version")
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 NUM_PROMPTS = 64
+KEY = "secret"
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +60,48 @@ def test_verify_deploy(run: Path, tmp_path: Path) -> None:
     assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"], abs=0.05)
 
 
+@pytest.fixture(scope="module")
+def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """vLLM's server on the artifact; it wants a key, and its log-probs are those that it gives by default."""
+    log = tmp_path_factory.mktemp("server") / "serve.log"
+    with vllm_server(load_profile("int4-vllm"), run / "artifact", log, "--api-key", KEY, "--served-model-name", "demo") as url:
+        yield url
+
+
 @pytest.mark.slow
-def test_artifact_loads_unchanged_in_vllms_server(run: Path, greedy: tuple[list[list[int]], list[str]], tmp_path: Path) -> None:
+def test_verify_deploy_asks_the_server_that_runs(run: Path, server: str, tmp_path: Path) -> None:
+    """What it measures through the server is what it measures on an engine of its own."""
+    assert hetero_rl("export", run / "artifact", "--bundle", "out.tar.zst", cwd=tmp_path).returncode == 0
+    command = ("verify-deploy", "out.tar.zst", "--server", server)
+    fails(hetero_rl(*command, cwd=tmp_path), 2, "401", "HETERO_RL_API_KEY")
+    fails(hetero_rl(*command, "--model", "other", cwd=tmp_path, HETERO_RL_API_KEY=KEY), 2, "does not serve the model 'other'", "'demo'")
+    asked = hetero_rl(*command, "--json", "server.json", cwd=tmp_path, HETERO_RL_API_KEY=KEY)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert hetero_rl("verify-deploy", "out.tar.zst", "--json", "own.json", cwd=tmp_path).returncode == 0
+    report, own = (json.loads((tmp_path / name).read_text()) for name in ("server.json", "own.json"))
+    assert report["engine"]["versions"]["vllm"] == vllm_version()
+    assert report["engine"]["server"]["max_model_len"] == 64
+    assert report["artifact_sha256"] == own["artifact_sha256"]
+    assert report["gap"]["num_tokens"] == own["gap"]["num_tokens"]
+    assert report["gap"]["mean"] == pytest.approx(own["gap"]["mean"], rel=0.1)
+    assert report["task_accuracy"] == pytest.approx(own["task_accuracy"], abs=0.03)
+
+
+def vllm_version() -> str:
+    from vllm import version
+
+    return str(version.__version__)
+
+
+@pytest.mark.slow
+def test_artifact_loads_unchanged_in_vllms_server(run: Path, server: str, greedy: tuple[list[list[int]], list[str]]) -> None:
     """Asked by OpenAI's own client, as applications ask it."""
     import openai
 
     prompts, answers = greedy
-    with vllm_server(load_profile("int4-vllm"), run / "artifact", tmp_path / "serve.log") as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
-        completion = client.completions.create(
-            model=str(run / "artifact"), prompt=prompts, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
-        )
-        client.close()
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, timeout=120)
+    completion = client.completions.create(model="demo", prompt=prompts, max_tokens=8, temperature=0, extra_body={"return_token_ids": True})
+    client.close()
     choices = sorted(completion.choices, key=lambda choice: choice.index)
     responses = [choice.model_extra["token_ids"] for choice in choices]
     solved = [text == answer for text, answer in zip(decode(run, responses), answers, strict=True)]

@@ -240,7 +240,7 @@ def test_the_json_has_exactly_the_documented_keys(tiny_models: TinyModels, tmp_p
     report = json.loads(json.dumps(run(tmp_path / "a").to_json(), allow_nan=False))
     assert list(report) == KEYS
     assert set(report["gap"]) == {"mean", "p50", "p99", "max", "interval", "num_tokens", "num_sequences", "nonfinite"}
-    assert set(report["engine"]) == {"name", "versions", "options", "weight_version"}
+    assert set(report["engine"]) == {"name", "versions", "options", "weight_version", "server"}
     assert (report["engine"]["name"], report["engine"]["weight_version"]) == ("fake", VERSION)
     assert report["artifact_sha256"] == sha256_of(tmp_path / "a" / MANIFEST_FILE)
     assert (report["floor"], report["tolerance"]) == (manifest.floor, manifest.tolerance)
