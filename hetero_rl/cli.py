@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
-from deploy_targets.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED, DeployTargetsError
+from deploy_targets.errors import EXIT_FAILED, EXIT_INTERRUPTED, DeployTargetsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,11 +82,16 @@ def verify_deploy(
             help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."
         ),
     ] = None,
+    gate: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Another bound than the artifact's, e.g. gap_mean_fail=2.0; may be given several times, the report says so."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Measure everything, also where the verdict is clear before.")] = False,
 ) -> None:
-    """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail or undecided."""
+    """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
     from hetero_rl.commands import run_verify
 
-    raise typer.Exit(0 if run_verify(_console(), artifact, json_file, html_file, reward) else EXIT_GATE)
+    raise typer.Exit(run_verify(_console(), artifact, json_file, html_file, reward, gate or [], full=full))
 
 
 @app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")

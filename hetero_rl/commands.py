@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
+from deploy_targets.gates import EXIT_CODES
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
-from deploy_targets.profile import TargetProfile, load_profile
+from deploy_targets.profile import TargetProfile, load_profile, parse_bounds, with_bounds
 from deploy_targets.report import print_table, write_html
 from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, TargetConfig, load_config
@@ -107,11 +108,22 @@ def run_export(console: Console, run_path: Path, target: str | None, out: Path) 
     console.print(f"deployed accuracy {accuracy:.1%}\nartifact {out}", highlight=False, soft_wrap=True)
 
 
-def run_verify(console: Console, artifact: Path, json_file: Path | None, html_file: Path | None, reward_name: str | None) -> bool:
-    """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
+def run_verify(
+    console: Console,
+    artifact: Path,
+    json_file: Path | None,
+    html_file: Path | None,
+    reward_name: str | None,
+    settings: Sequence[str],
+    *,
+    full: bool,
+) -> int:
+    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
     check_output(json_file, "--json")
     check_output(html_file, "--html")
+    bounds = parse_bounds(settings)
     manifest = check_artifact(artifact)
+    gates = with_bounds(manifest.profile.gates, bounds)
     _require_runnable(manifest.profile)
     _prepare_process()
     from hetero_rl.tasks.rewards import artifact_reward
@@ -128,7 +140,7 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
         try:
             report = verify(
                 artifact, engine, manifest, read_probes(artifact / PROBES_FILE), reward=reward,
-                progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+                gates=gates, full=full, progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
             )  # fmt: skip
         finally:
             engine.close()
@@ -137,7 +149,7 @@ def run_verify(console: Console, artifact: Path, json_file: Path | None, html_fi
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
     if html_file is not None:
         write_html(report, html_file)
-    return report.verdict in ("pass", "warn")
+    return EXIT_CODES[report.verdict]
 
 
 def run_evaluation(
