@@ -21,7 +21,7 @@ from tests.command_line import hetero_rl
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "hetero_rl/cli.py")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/verify.md", "hetero_rl/cli.py")
 
 
 def commands_in(text: str) -> list[str]:
