@@ -12,7 +12,8 @@
     ├── ProofError                     exit 1   an update the engine does not serve as proven by probes
     └── EngineError                    exit 1   the serving runtime failed: carries its last lines
 
-Exit codes of the command line: 0 ok, 1 failed, 2 usage or config, 3 a verification gate not met, 130 interrupted.
+Exit codes of the command line: 0 ok, 1 failed, 2 usage or config, 3 a verification gate not met, 4 a verification left undecided,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Sequence
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3
+EXIT_UNDECIDED = 4
 EXIT_INTERRUPTED = 130
 
 

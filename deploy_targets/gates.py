@@ -1,129 +1,84 @@
-"""Measurements -> verdict: the closed-form measures of the gap, the gates as plain comparisons, and the report they make.
+"""Measurements -> verdict: the gates, and the report they make.
 
-Formulas, over the finite response tokens of the probes, with d = learner_logp - engine_logp:
+A gate has three levels, and holds the interval of a measure against two bounds:
 
-    gap          mean, p50, p99, max of abs(exp(learner_logp) - exp(engine_logp))
-    kl_k1        mean of -d                 estimate of KL(engine || learner), unbiased, signed
-    kl_k3        mean of exp(d) - 1 - d     estimate of the same, never negative, low variance
+    fail        the whole interval lies beyond the fail bound
+    undecided   the value lies beyond the fail bound but its interval does not; or the value lies beyond the warn bound, and the interval
+                reaches beyond fail and rests on fewer than 30 sequences; or there are fewer than 200 tokens or 8 sequences, or none
+    warn        the value lies beyond the warn bound
+    pass        it does not
 
-k1 and k3 are those of http://joschu.net/blog/kl-approx.html with q = engine, p = learner, r = p/q = exp(d). They are unbiased where the
-tokens were sampled by the engine at the probes' temperature; on tokens from elsewhere they are distances only.
+Non-finite log-probs are counted, not estimated: their share is held against the bounds as it is. The worst gate is the verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from deploy_targets.bootstrap import CONFIDENCE, Floats, Measure
+from deploy_targets.errors import EXIT_GATE, EXIT_UNDECIDED
+from deploy_targets.gap import Gap, Slice
 from deploy_targets.manifest import Manifest
+from deploy_targets.paired import SOLVED, Paired, compare_pairs, reward_drop, unpaired_drop
+from deploy_targets.profile import LOWER_BOUNDED, GateSpec
+from deploy_targets.serving_cost import ServingCost
 from deploy_targets.types import Machine, Server
 
 Verdict = Literal["pass", "warn", "undecided", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "undecided", "fail")
 """From best to worst."""
+EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "warn": 0, "undecided": EXIT_UNDECIDED, "fail": EXIT_GATE}
 
 MIN_PROBE_TOKENS = 200
 """With fewer finite probe tokens the gates on the gap decide nothing."""
+MIN_SEQUENCES = 8
+"""With fewer sequences (or problems) an interval says nothing, and no gate decides."""
+FEW_SEQUENCES = 30
+"""With fewer, an interval that reaches beyond fail leaves a warning undecided."""
 NONFINITE_FAIL_SHARE = 0.01
-_NUM_RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Per-token arrays of the finite probe positions, and the measures made of them.
-
-    `learner_logps`, `engine_logps`: float64 [num_tokens], nats. `greedy_agrees`: bool [num_tokens]. `sequence_index`, `position`
-    (in the response): int [num_tokens]. `num_nonfinite`: positions left out because the engine's log-prob was not finite.
-    """
-
-    learner_logps: NDArray[np.float64]
-    engine_logps: NDArray[np.float64]
-    greedy_agrees: NDArray[np.bool_]
-    sequence_index: NDArray[np.int_]
-    position: NDArray[np.int_]
-    num_nonfinite: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Finite tokens."""
-        return len(self.engine_logps)
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences with at least one finite token."""
-        return len(np.unique(self.sequence_index))
-
-    @cached_property
-    def abs_dp(self) -> NDArray[np.float64]:
-        """abs(p_learner - p_engine) of each token."""
-        difference: NDArray[np.float64] = np.exp(self.learner_logps) - np.exp(self.engine_logps)
-        return np.abs(difference)
-
-    @property
-    def mean(self) -> float | None:
-        """Mean abs(p_learner - p_engine); None without a finite token."""
-        return float(self.abs_dp.mean()) if self.num_tokens else None
-
-    @cached_property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % bootstrap interval of `mean` over sequences (tokens of one sequence are not independent), seeded.
-
-        None with fewer than two sequences: one sequence says nothing about the spread between sequences.
-        """
-        if self.num_sequences < 2:
-            return None
-        counts = np.bincount(self.sequence_index)
-        sums = np.bincount(self.sequence_index, weights=self.abs_dp)[counts > 0]
-        counts = counts[counts > 0]
-        draws = np.random.default_rng(0).integers(len(counts), size=(_NUM_RESAMPLES, len(counts)))
-        low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
-        return float(low), float(high)
-
-    @property
-    def kl_k1(self) -> float | None:
-        """Mean of engine_logp - learner_logp, nats."""
-        return float((self.engine_logps - self.learner_logps).mean()) if self.num_tokens else None
-
-    @property
-    def kl_k3(self) -> float | None:
-        """Mean of exp(d) - 1 - d with d = learner_logp - engine_logp, nats; infinite where exp overflows."""
-        if not self.num_tokens:
-            return None
-        log_ratio = self.learner_logps - self.engine_logps
-        with np.errstate(over="ignore"):
-            return float((np.expm1(log_ratio) - log_ratio).mean())
-
-    @property
-    def greedy_agreement(self) -> float | None:
-        """Share of tokens at which both sides have the same most probable token."""
-        return float(self.greedy_agrees.mean()) if self.num_tokens else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary numbers, without the arrays."""
-        p50, p99, top = (float(v) for v in np.percentile(self.abs_dp, [50, 99, 100])) if self.num_tokens else (None, None, None)
-        interval = list(self.interval) if self.interval else None
-        counts = {"num_tokens": self.num_tokens, "num_sequences": self.num_sequences, "nonfinite": self.num_nonfinite}
-        return {"mean": self.mean, "p50": p50, "p99": p99, "max": top, "interval": interval, **counts}
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Task accuracy on the target (None where it was not measured), completions judged, and the speed of greedy generation."""
+    """Rewards of greedy responses on this machine, float64 [num_judged], and those `expected` of the same problems from the export.
 
-    accuracy: float | None
-    num_judged: int
-    generate_tokens_per_s: float
+    `expected` holds NaN where the export gave no reward; it is None where the artifact does not say what it got.
+    """
+
+    rewards: Floats = field(default_factory=lambda: np.empty(0))
+    expected: Floats | None = None
+
+    @property
+    def num_judged(self) -> int:
+        """Responses that have a reward."""
+        return len(self.rewards)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the rewards that count as solved; None where none was measured."""
+        return float((self.rewards >= SOLVED).mean()) if self.num_judged else None
+
+    @property
+    def reward_drop(self) -> Measure:
+        """Mean reward at export minus that here, problem by problem."""
+        return reward_drop(np.full(self.num_judged, math.nan) if self.expected is None else self.expected, self.rewards)
+
+    def paired(self, confidence: float = CONFIDENCE) -> Paired | None:
+        """This machine against the export, problem by problem; None where no problem has both rewards."""
+        if self.expected is None:
+            return None
+        known = ~np.isnan(self.expected)
+        return compare_pairs(self.expected[known], self.rewards[known], confidence) if known.any() else None
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One comparison. `value` beyond `warn` is a warning, beyond `fail` a failure; `detail` says what was compared."""
+    """One comparison of a measure and its interval, `low` to `high`, with two bounds; `detail` says what was compared."""
 
     name: str
     value: float | None
@@ -131,11 +86,40 @@ class Gate:
     fail: float
     verdict: Verdict
     detail: str
+    low: float | None = None
+    high: float | None = None
+
+    def level(self, value: float) -> Verdict:
+        """Where `value` lies: beyond fail, beyond warn, or neither."""
+        sign = -1 if self.name in LOWER_BOUNDED else 1
+        return "fail" if sign * value > sign * self.fail else "warn" if sign * value > sign * self.warn else "pass"
+
+    @property
+    def settled_level(self) -> Verdict | None:
+        """The level that the whole interval lies within; None where it lies within none, or there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        level = self.level(self.low)
+        return level if level == self.level(self.high) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much was measured, of how much; `stopped` says why not all, and is empty where it was all."""
+
+    probes: int
+    num_probes: int
+    problems: int
+    num_problems: int
+    stopped: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `verify` found out."""
+    """Everything `verify` found out. `slices`: what the tokens are sorted by -> the gap on each part of them.
+
+    `gates_changed`: bounds that were given on the command line -> (the artifact's, the one used).
+    """
 
     verdict: Verdict
     gap: Gap
@@ -148,12 +132,17 @@ class Report:
     temperature: float
     seconds: float
     created: str
+    slices: Mapping[str, tuple[Slice, ...]]
+    cost: ServingCost
+    coverage: Coverage
+    gates_changed: Mapping[str, tuple[float, float]]
     server: Server | None = None
     """The server that was asked, where none was started here: `machine` is then only the machine that asked."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; a number that is infinite or was not measured is null."""
         profile, recorded = self.manifest.profile, self.manifest.task
+        measures, pairs = self.gap.measures, self.task.paired()
         engine = {
             "name": profile.engine.name if self.server is None else self.server.software,
             "versions": self.engine_versions,
@@ -161,21 +150,35 @@ class Report:
             "weight_version": self.manifest.weight_version,
             "server": None if self.server is None else asdict(self.server),
         }
+        mean = measures["abs_dp_mean"]
         fields = {
             "verdict": self.verdict,
-            "gap": self.gap.to_json(),
-            "kl_k3": self.gap.kl_k3,
-            "kl_k1": self.gap.kl_k1,
-            "greedy_agreement": self.gap.greedy_agreement,
+            "gap": {
+                **{name: measures[f"abs_dp_{name}"].value for name in ("mean", "p50", "p99", "max")},
+                "interval": None if mean.low is None else [mean.low, mean.high],
+                "num_tokens": self.gap.num_tokens,
+                "num_sequences": self.gap.num_sequences,
+                "nonfinite": self.gap.num_nonfinite,
+            },
+            "kl_k3": measures["kl_k3"].value,
+            "kl_k1": measures["kl_k1"].value,
+            "greedy_agreement": measures["greedy_agreement"].value,
+            "measures": {name: asdict(measured) for name, measured in measures.items()},
+            "slices": {name: [asdict(part) for part in parts] for name, parts in self.slices.items()},
+            "perplexity": dict(zip(("learner", "engine"), self.gap.perplexity, strict=True)),
             "task_accuracy": self.task.accuracy,
             "task_accuracy_at_export": recorded.accuracy if recorded else None,
+            "task_paired": None if pairs is None else {**asdict(pairs), "reward_drop": asdict(self.task.reward_drop)},
             "gates": [asdict(gate) for gate in self.gates],
+            "gates_changed": {name: {"artifact": f"{old:g}", "used": f"{new:g}"} for name, (old, new) in self.gates_changed.items()},
+            "measured": asdict(self.coverage),
             "artifact_sha256": self.artifact_sha256,
             "engine": engine,
             "hardware": asdict(self.machine),
             "floor": self.manifest.floor,
             "tolerance": self.manifest.tolerance,
-            "generate_tokens_per_s": self.task.generate_tokens_per_s,
+            "cost": asdict(self.cost),
+            "generate_tokens_per_s": self.cost.generate_tokens_per_s,
             "seconds": self.seconds,
             "created": self.created,
         }
@@ -188,74 +191,94 @@ def worst(gates: Iterable[Gate]) -> Verdict:
     return max((gate.verdict for gate in gates), key=VERDICTS.index, default="undecided")
 
 
-def judge(manifest: Manifest, gap: Gap, task: TaskResult) -> tuple[Gate, ...]:
-    """Hold the measurements against the gates of the manifest's profile. An accuracy that was not measured has no gate."""
-    spec = manifest.profile.gates
-    gates = [_gap_gate(manifest, gap), _nonfinite_gate(gap)]
+def judge(
+    manifest: Manifest, gap: Gap, task: TaskResult, *, gates: GateSpec | None = None, confidence: float = CONFIDENCE
+) -> tuple[Gate, ...]:
+    """Hold the measurements against `gates`, by default those of the manifest's profile, with intervals of `confidence`.
+
+    An accuracy that was not measured has no gate.
+    """
+    spec = gates or manifest.profile.gates
+    return *judge_gap(spec, manifest.tolerance, gap, confidence), *judge_task(spec, manifest, task, confidence)
+
+
+def judge_gap(spec: GateSpec, tolerance: float, gap: Gap, confidence: float | None = CONFIDENCE) -> tuple[Gate, ...]:
+    """The gates on the probes; `confidence` None: without intervals, which is quick and leaves all but the counted one undecided."""
     few = _too_few(gap)
-    kl = _upper("kl_k3", gap.kl_k3, spec.kl_k3_warn, spec.kl_k3_fail, f"k3 estimate of KL(engine || learner), nats per token{few}")
-    agreement = _lower(
-        "greedy_agreement", gap.greedy_agreement, spec.greedy_agreement_warn, spec.greedy_agreement_fail,
-        f"share of probe tokens with the same most probable token{few}",
-    )  # fmt: skip
-    gates += [_undecided(gate) if few else gate for gate in (kl, agreement)]
-    if task.accuracy is not None and manifest.task is not None:
-        error = math.sqrt(max(task.accuracy * (1 - task.accuracy), 0.0) / task.num_judged)
-        detail = f"{manifest.task.accuracy:.3f} at export, {task.accuracy:.3f} +- {error:.3f} here on {task.num_judged} problems"
-        drop = manifest.task.accuracy - task.accuracy
-        gates.append(_upper("accuracy_drop", drop, spec.accuracy_drop_warn, spec.accuracy_drop_fail, detail))
-    return tuple(gates)
+    mean, kl, agreement = (gap.measure(name, confidence) for name in ("abs_dp_mean", "kl_k3", "greedy_agreement"))
+    return (
+        judge_measure(spec, "gap_mean", _in_units_of(mean, tolerance), f"mean abs(dp) / tolerance {tolerance:.4g}", few),
+        _nonfinite_gate(gap, confidence),
+        judge_measure(spec, "kl_k3", kl, "k3 estimate of KL(engine || learner), nats per token", few),
+        judge_measure(spec, "greedy_agreement", agreement, "share of probe tokens with the same most probable token", few),
+    )
 
 
-def _gap_gate(manifest: Manifest, gap: Gap) -> Gate:
-    """Mean gap in units of the tolerance. It warns by the mean, but fails only where the whole interval lies beyond."""
-    spec, tolerance = manifest.profile.gates, manifest.tolerance
-    warn, fail = spec.gap_mean_warn, spec.gap_mean_fail
-    if gap.mean is None or gap.interval is None or _too_few(gap):
-        value = None if gap.mean is None else _ratio(gap.mean, tolerance)
-        return Gate("gap_mean", value, warn, fail, "undecided", f"mean abs(dp) in units of the tolerance{_too_few(gap)}")
-    value, low, high = (_ratio(x, tolerance) for x in (gap.mean, *gap.interval))
-    verdict: Verdict = "fail" if low > fail else "warn" if value > warn else "pass"
-    detail = f"mean abs(dp) / tolerance {tolerance:.4g}; 95 % interval [{low:.3g}, {high:.3g}] over {gap.num_sequences} sequences"
-    if verdict == "warn" and value > fail:
-        detail += "; the mean is beyond fail, its interval is not: more probes would decide"
-    return Gate("gap_mean", value, warn, fail, verdict, detail)
+def judge_task(spec: GateSpec, manifest: Manifest, task: TaskResult, confidence: float = CONFIDENCE) -> tuple[Gate, ...]:
+    """The gate on the accuracy, where it was measured here and at export: of pairs of rewards where there are some, else of the shares."""
+    recorded = manifest.task
+    if task.accuracy is None or recorded is None:
+        return ()
+    pairs = task.paired(confidence)
+    if pairs is None:
+        drop = unpaired_drop(recorded.accuracy, recorded.num_problems, task.accuracy, task.num_judged, confidence)
+        return (judge_measure(spec, "accuracy_drop", drop, f"{recorded.accuracy:.3f} at export, {task.accuracy:.3f} here; not paired"),)
+    changed = f"{pairs.lost} solved at export are not solved here, {pairs.gained} the other way; McNemar p = {pairs.p_value:.3g}"
+    return (judge_measure(spec, "accuracy_drop", pairs.drop, f"paired by problem: {changed}"),)
 
 
-def _nonfinite_gate(gap: Gap) -> Gate:
-    total = gap.num_tokens + gap.num_nonfinite
-    share = gap.num_nonfinite / total if total else 1.0
+def judge_measure(spec: GateSpec, name: str, measured: Measure, detail: str, too_few: str = "") -> Gate:
+    """The gate of the bounds `name`_warn and `name`_fail on `measured`; it is undecided where `too_few` says why."""
+    units = "problems" if name == "accuracy_drop" else "sequences"
+    bounds = getattr(spec, f"{name}_warn"), getattr(spec, f"{name}_fail")
+    if measured.value is None or measured.low is None or measured.high is None:
+        reason = too_few or ("; not measured" if measured.value is None else f"; two {units} are needed for an interval")
+        return Gate(name, measured.value, *bounds, "undecided", detail + reason)
+    gate = Gate(name, measured.value, *bounds, "undecided", detail, measured.low, measured.high)
+    interval = f"95 % interval [{measured.low:.3g}, {measured.high:.3g}] over {measured.num_sequences} {units}"
+    verdict, why = _verdict(gate, measured.num_sequences, units)
+    infinite = "; the value is infinite" if math.isinf(measured.value) else ""
+    return replace(gate, verdict="undecided" if too_few else verdict, detail=f"{detail}; {interval}{too_few or why}{infinite}")
+
+
+def _verdict(gate: Gate, num_sequences: int, units: str) -> tuple[Verdict, str]:
+    """The rule at the top of this file, and what there is to say about its outcome."""
+    assert gate.value is not None
+    assert gate.low is not None
+    assert gate.high is not None
+    if num_sequences < MIN_SEQUENCES:
+        return "undecided", f"; {MIN_SEQUENCES} {units} are needed to decide"
+    if gate.settled_level == "fail":
+        return "fail", ""
+    level, reaches = gate.level(gate.value), "fail" in (gate.level(gate.low), gate.level(gate.high))
+    if level == "fail":
+        return "undecided", f"; the value is beyond fail, its interval is not: more {units} would decide"
+    if level == "warn" and reaches and num_sequences < FEW_SEQUENCES:
+        return "undecided", f"; the interval reaches beyond fail, and {FEW_SEQUENCES} {units} are needed to leave it at a warning"
+    return level, ""
+
+
+def _nonfinite_gate(gap: Gap, confidence: float | None) -> Gate:
+    measured, total = gap.measure("nonfinite_share", confidence), gap.num_tokens + gap.num_nonfinite
+    share = 1.0 if measured.value is None else measured.value
     detail = f"{gap.num_nonfinite} of {total} engine log-probs are not finite; they are left out of every other measure"
-    return _upper("nonfinite_share", share, 0.0, NONFINITE_FAIL_SHARE, detail)
+    gate = Gate("nonfinite_share", share, 0.0, NONFINITE_FAIL_SHARE, "undecided", detail, measured.low, measured.high)
+    return replace(gate, verdict=gate.level(share))
 
 
 def _too_few(gap: Gap) -> str:
-    """Why the probes decide nothing, or an empty string."""
-    if gap.num_tokens < MIN_PROBE_TOKENS:
-        return f"; only {gap.num_tokens} finite probe tokens, {MIN_PROBE_TOKENS} are needed to decide"
-    return "; only one sequence, two are needed to decide" if gap.num_sequences < 2 else ""
+    """Why the probes decide nothing, or an empty string; too few sequences are every gate's own matter."""
+    few = gap.num_tokens < MIN_PROBE_TOKENS
+    return f"; only {gap.num_tokens} finite probe tokens, {MIN_PROBE_TOKENS} are needed to decide" if few else ""
 
 
-def _upper(name: str, value: float | None, warn: float, fail: float, detail: str) -> Gate:
-    if value is None or math.isnan(value):
-        return Gate(name, None, warn, fail, "undecided", detail)
-    detail += "; the value is infinite" if math.isinf(value) else ""
-    return Gate(name, value, warn, fail, "fail" if value > fail else "warn" if value > warn else "pass", detail)
+def _in_units_of(measured: Measure, tolerance: float) -> Measure:
+    """`measured` divided by `tolerance`; one of zero is met by zero only."""
 
+    def scaled(x: float | None) -> float | None:
+        return None if x is None else x / tolerance if tolerance > 0 else 0.0 if x == 0 else math.inf
 
-def _lower(name: str, value: float | None, warn: float, fail: float, detail: str) -> Gate:
-    if value is None or math.isnan(value):
-        return Gate(name, None, warn, fail, "undecided", detail)
-    return Gate(name, value, warn, fail, "fail" if value < fail else "warn" if value < warn else "pass", detail)
-
-
-def _undecided(gate: Gate) -> Gate:
-    return Gate(gate.name, gate.value, gate.warn, gate.fail, "undecided", gate.detail)
-
-
-def _ratio(value: float, tolerance: float) -> float:
-    """`value` in units of `tolerance`; a tolerance of zero is met by zero only."""
-    return value / tolerance if tolerance > 0 else 0.0 if value == 0 else math.inf
+    return Measure(scaled(measured.value), scaled(measured.low), scaled(measured.high), measured.num_sequences)
 
 
 def _plain(value: Any) -> Any:

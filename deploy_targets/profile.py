@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +109,12 @@ class HardwareSpec(_Table):
     """The extra for a machine without a GPU, where it is another one."""
 
 
+LOWER_BOUNDED = ("greedy_agreement",)
+"""Gates on measures that should be high; all others are upper bounds."""
+
+
 class GateSpec(_Table):
-    """What `verify-deploy` holds the measurements against; beyond `warn` is a warning, beyond `fail` a failure."""
+    """What `verify-deploy` holds the measurements against: beyond `warn` is a warning, beyond `fail` with the whole interval a failure."""
 
     gap_mean_warn: float = 1.0
     """Mean abs(dp), in units of the tolerance the run was trained under."""
@@ -124,7 +129,7 @@ class GateSpec(_Table):
     greedy_agreement_fail: float = 0.85
     """See `greedy_agreement_warn`."""
     accuracy_drop_warn: float = 0.03
-    """Task accuracy recorded at export minus the one measured here, upper bound."""
+    """Task accuracy at export minus the one measured here on the same problems, upper bound."""
     accuracy_drop_fail: float = 0.08
     """See `accuracy_drop_warn`."""
 
@@ -141,12 +146,38 @@ class GateSpec(_Table):
         wrong = []
         for gate in ("gap_mean", "kl_k3", "greedy_agreement", "accuracy_drop"):
             warn, fail = getattr(self, f"{gate}_warn"), getattr(self, f"{gate}_fail")
-            lower = gate == "greedy_agreement"
+            lower = gate in LOWER_BOUNDED
             if fail > warn if lower else fail < warn:
                 wrong.append(f"{gate}_fail = {fail:g} must be {'at most' if lower else 'at least'} {gate}_warn = {warn:g}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+
+def parse_bounds(settings: Sequence[str]) -> dict[str, float]:
+    """Bounds of gates by name, from "name=number" each; later ones win.
+
+    Raises `UnknownNameError` for a bound that does not exist, `UsageError` for what is no number.
+    """
+    bounds = {}
+    for setting in settings:
+        name, _, value = (part.strip() for part in setting.partition("="))
+        if name not in GateSpec.model_fields:
+            raise UnknownNameError("gate", name, GateSpec.model_fields)
+        try:
+            bounds[name] = float(value)
+        except ValueError:
+            example = GateSpec.model_fields[name].default
+            raise UsageError(f"the gate {setting!r} must be name=number, e.g. {name}={example:g}") from None
+    return bounds
+
+
+def with_bounds(gates: GateSpec, bounds: Mapping[str, float]) -> GateSpec:
+    """`gates` with other `bounds`. Raises `ProfileError` for bounds that are none or do not go together."""
+    try:
+        return GateSpec.model_validate({**gates.model_dump(), **bounds})
+    except ValidationError as error:
+        raise ProfileError("the gates cannot be changed like that", validation_lines(error)) from None
 
 
 class TargetProfile(_Table):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy_targets.bootstrap import Measure
 from deploy_targets.gates import Gate, Report, Verdict
 
 if TYPE_CHECKING:
@@ -25,6 +26,25 @@ GATE_TITLES = {
     "kl_k3": "KL, k3 estimate (nats)",
     "greedy_agreement": "Greedy agreement",
     "accuracy_drop": "Accuracy drop since export",
+}
+MEASURE_TITLES = {
+    "abs_dp_mean": "|Δp|, mean",
+    "abs_dp_p50": "|Δp|, median",
+    "abs_dp_p99": "|Δp|, 99th percentile",
+    "abs_dp_max": "|Δp|, maximum",
+    "kl_k1": "KL(engine ‖ learner), k1 (nats)",
+    "kl_k3": "KL(engine ‖ learner), k3 (nats)",
+    "chi2": "χ²(learner ‖ engine)",
+    "effective_share": "Effective sample size, share",
+    "greedy_agreement": "Greedy agreement",
+    "no_divergence_share": "Sequences whose greedy tokens never differ",
+    "first_divergence_p50": "First greedy difference of the others, median position",
+    "nonfinite_share": "Non-finite log-probs, share",
+}
+SLICE_TITLES = {
+    "position": "By position in the response",
+    "learner_probability": "By the learner's probability",
+    "token_class": "By token class",
 }
 NOTHING = "\N{EN DASH}"
 _STYLES: Mapping[Verdict, str] = {"pass": "green", "warn": "yellow", "undecided": "magenta", "fail": "bold red"}
@@ -44,12 +64,15 @@ def render_html(report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("deploy_targets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=number, title=gate_title)
+    environment.filters.update(number=number, title=gate_title, interval=interval)
     return environment.get_template("report.html.jinja").render(
         report=report,
         manifest=report.manifest,
-        gap=report.gap.to_json(),
+        gap=report.gap,
+        measures=[(title, report.gap.measures[name]) for name, title in MEASURE_TITLES.items()],
+        slices=[(SLICE_TITLES[name], parts) for name, parts in report.slices.items()],
         sentence=SENTENCES[report.verdict],
+        measured=measured_sentence(report),
         marks=_MARKS,
         facts=_facts(report),
         versions=_version_rows(report),
@@ -74,6 +97,9 @@ def print_table(report: Report, console: Console) -> None:
     for gate in report.gates:
         if gate.verdict != "pass":
             console.print(f"[{_STYLES[gate.verdict]}]{gate.verdict}[/] {escape(gate.name)}: {escape(gate.detail)}")
+    for label, figure, note in _cost_facts(report):
+        console.print(f"[dim]{label:<14}[/dim]{figure}  [dim]{escape(note)}[/dim]", highlight=False)
+    console.print(measured_sentence(report), highlight=False)
     console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {SENTENCES[report.verdict]}")
 
 
@@ -84,6 +110,22 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if np.isfinite(value) and abs(value) >= 1000 else f"{value:.3g}"
 
 
+def interval(measured: Measure) -> str:
+    """The 95 % interval for people; a dash where there is none."""
+    return NOTHING if measured.low is None else f"{number(measured.low)} to {number(measured.high)}"
+
+
+def measured_sentence(report: Report) -> str:
+    """How much was measured, and by which bounds it was judged."""
+    coverage = report.coverage
+    sentence = f"Measured {coverage.probes:,} of {coverage.num_probes:,} probes"
+    if coverage.num_problems:
+        sentence += f" and {coverage.problems:,} of {coverage.num_problems:,} problems of the task sample"
+    sentence += f": {coverage.stopped} (--full measures everything)." if coverage.stopped else "."
+    changed = ", ".join(f"{name} = {new:g} instead of {old:g}" for name, (old, new) in report.gates_changed.items())
+    return f"{sentence} Gates changed on the command line: {changed}." if changed else sentence
+
+
 def gate_title(gate: Gate) -> str:
     """The gate's name in words."""
     return GATE_TITLES.get(gate.name, gate.name)
@@ -92,17 +134,42 @@ def gate_title(gate: Gate) -> str:
 def _facts(report: Report) -> list[tuple[str, str, str]]:
     """Headline figures: (label, figure, what it is held against)."""
     gap, task, manifest = report.gap, report.task, report.manifest
-    interval = f"95 % interval {number(gap.interval[0])} to {number(gap.interval[1])}" if gap.interval else "no interval"
-    at_export = "not measured at export" if manifest.task is None else f"{manifest.task.accuracy:.1%} at export"
-    judged = f"{at_export}, {task.num_judged} problems" if task.accuracy is not None else "no reward or no task sample"
-    agreement = NOTHING if gap.greedy_agreement is None else f"{gap.greedy_agreement:.1%}"
+    mean, agreement = gap.measures["abs_dp_mean"], gap.measures["greedy_agreement"].value
     return [
-        ("Mean gap", number(gap.mean), interval),
+        ("Mean gap", number(mean.value), "no interval" if mean.low is None else f"95 % interval {interval(mean)}"),
         ("Tolerance", number(manifest.tolerance), f"floor {number(manifest.floor)}"),
-        ("Greedy agreement", agreement, f"{gap.num_tokens:,} probe tokens"),
-        ("Task accuracy", NOTHING if task.accuracy is None else f"{task.accuracy:.1%}", judged),
-        ("Generation", number(task.generate_tokens_per_s), "tokens/s, greedy"),
+        ("Greedy agreement", NOTHING if agreement is None else f"{agreement:.1%}", f"{gap.num_tokens:,} probe tokens"),
+        ("Task accuracy", NOTHING if task.accuracy is None else f"{task.accuracy:.1%}", _task_note(report)),
+        *_cost_facts(report),
     ]
+
+
+def _task_note(report: Report) -> str:
+    recorded, pairs = report.manifest.task, report.task.paired()
+    if report.task.accuracy is None:
+        return "not measured"
+    if pairs is None:
+        at_export = "not measured at export" if recorded is None else f"{recorded.accuracy:.1%} at export"
+        return f"{at_export}, {report.task.num_judged} problems"
+    same = f"{pairs.accuracy_at_export:.1%} at export on the same {pairs.num_pairs} problems"
+    return f"{same}; {pairs.lost} lost, {pairs.gained} gained, McNemar p = {number(pairs.p_value)}"
+
+
+def _cost_facts(report: Report) -> list[tuple[str, str, str]]:
+    """What serving costs, and the perplexities, which are no gate."""
+    cost, (learner, engine) = report.cost, report.gap.perplexity
+    first_token = None if cost.first_token_s is None else 1000 * cost.first_token_s
+    return [
+        ("Generation", number(cost.generate_tokens_per_s), "tokens/s, greedy"),
+        ("First token", f"{number(first_token)} ms" if first_token is not None else NOTHING, "one prompt, after a warm-up"),
+        ("Peak memory", _mebibytes(cost.peak_memory_bytes), "resident, this process and its children"),
+        ("Weights", _mebibytes(cost.weights_bytes), "in the artifact"),
+        ("Perplexity", number(engine), f"the learner's {number(learner)}; never a gate"),
+    ]
+
+
+def _mebibytes(size: int | None) -> str:
+    return NOTHING if size is None else f"{number(size / 2**20)} MiB"
 
 
 def _version_rows(report: Report) -> list[tuple[str, str, str]]:
@@ -128,13 +195,13 @@ def _charts(report: Report) -> list[tuple[str, str]]:
     """(SVG, caption) of every chart."""
     from deploy_targets.charts import bar_chart, histogram, line_chart, scatter_chart  # matplotlib takes a second to import
 
-    gap, manifest = report.gap, report.manifest
+    gap, manifest, measured = report.gap, report.manifest, report.gap.measures["abs_dp_mean"]
     bars = {"floor": manifest.floor, "tolerance": manifest.tolerance}
     if manifest.final_gap is not None:
         bars["end of training"] = manifest.final_gap
-    if gap.mean is not None:
-        bars["this machine"] = gap.mean
-    levels = {"tolerance": manifest.tolerance} | ({"mean": gap.mean} if gap.mean is not None else {})
+    if measured.value is not None:
+        bars["this machine"] = measured.value
+    levels = {"tolerance": manifest.tolerance} | ({"mean": measured.value} if measured.value is not None else {})
     counts = np.bincount(gap.position) if gap.num_tokens else np.empty(0)
     sums = np.bincount(gap.position, weights=gap.abs_dp) if gap.num_tokens else np.empty(0)
     positions = np.flatnonzero(counts)
@@ -144,7 +211,7 @@ def _charts(report: Report) -> list[tuple[str, str]]:
                 bars,
                 title="Floor, tolerance, measured",
                 x_label="mean |Δp|",
-                intervals={"this machine": gap.interval} if gap.interval else None,
+                intervals=_whisker(measured),
                 highlight="this machine",
             ),
             "The floor is what quantization costs the untrained model; the tolerance is what training was held to.",
@@ -175,3 +242,7 @@ def _charts(report: Report) -> list[tuple[str, str]]:
             "A gap that grows along the response may come from the KV cache; one at the start, from the prompt's prefill.",
         ),
     ]
+
+
+def _whisker(measured: Measure) -> dict[str, tuple[float, float]]:
+    return {} if measured.low is None or measured.high is None else {"this machine": (measured.low, measured.high)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
-from deploy_targets.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED, DeployTargetsError
+from deploy_targets.errors import EXIT_FAILED, EXIT_INTERRUPTED, DeployTargetsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,6 +86,11 @@ def verify_deploy(
             help="Your own module:function, when the artifact was trained with one; code named in an artifact is never run by itself."
         ),
     ] = None,
+    gate: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Another bound than the artifact's, e.g. gap_mean_fail=2.0; may be given several times, the report says so."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Measure everything, also where the verdict is clear before.")] = False,
     keep: Annotated[Optional[Path], typer.Option(help="Unpack the bundle into this folder, which must not exist, and keep it.")] = None,  # noqa: UP045
     server: Annotated[
         Optional[str],  # noqa: UP045
@@ -100,13 +105,17 @@ def verify_deploy(
     public_key: Annotated[Optional[Path], typer.Option(help="Public key (PEM) for --require-signature.")] = None,  # noqa: UP045
     sign_report: Annotated[Optional[Path], typer.Option(help="Sign the --json report with this private key, into FILE.sig.")] = None,  # noqa: UP045
 ) -> None:
-    """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail or undecided."""
+    """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
     from hetero_rl.commands import run_verify
     from hetero_rl.delivery import Trust
 
     trust = Trust(require_signature, public_key, sign_report)
-    may_deploy = run_verify(_console(), artifact, json_file, html_file, reward, keep=keep, server=server, model=model, trust=trust)
-    raise typer.Exit(0 if may_deploy else EXIT_GATE)
+    raise typer.Exit(
+        run_verify(
+            _console(), artifact, json_file, html_file, reward, gate or [],
+            full=full, keep=keep, server=server, model=model, trust=trust,
+        )
+    )  # fmt: skip
 
 
 @app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
 from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
-from deploy_targets.gates import Report
+from deploy_targets.gates import EXIT_CODES, Report
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import read_probes
-from deploy_targets.profile import TargetProfile, load_profile
+from deploy_targets.profile import GateSpec, TargetProfile, load_profile, parse_bounds, with_bounds
 from deploy_targets.report import print_table, write_html
 from deploy_targets.signing import check_private_key, sign_file
 from deploy_targets.verify import verify
@@ -144,21 +144,25 @@ def run_verify(
     json_file: Path | None,
     html_file: Path | None,
     reward_name: str | None,
+    settings: Sequence[str],
     *,
+    full: bool,
     keep: Path | None,
     server: str | None,
     model: str | None,
     trust: Trust,
-) -> bool:
-    """`verify-deploy`; returns whether the artifact may be deployed (pass or warn)."""
+) -> int:
+    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
     check_output(json_file, "--json")
     check_output(html_file, "--html")
     trust.check(json_file)
+    bounds = parse_bounds(settings)
     if model is not None and server is None:
         raise UsageError("--model names a model of a running server: give --server URL too")
     with ExitStack() as stack:
         folder, manifest = checked_artifact(artifact, keep, trust, stack)
-        report = _measured(console, folder, manifest, reward_name, server, model)
+        gates = with_bounds(manifest.profile.gates, bounds)
+        report = _measured(console, folder, manifest, reward_name, server, model, gates, full=full)
     print_table(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
@@ -166,10 +170,20 @@ def run_verify(
             sign_file(json_file, trust.sign_report)
     if html_file is not None:
         write_html(report, html_file)
-    return report.verdict in ("pass", "warn")
+    return EXIT_CODES[report.verdict]
 
 
-def _measured(console: Console, folder: Path, manifest: Manifest, reward_name: str | None, server: str | None, model: str | None) -> Report:
+def _measured(
+    console: Console,
+    folder: Path,
+    manifest: Manifest,
+    reward_name: str | None,
+    server: str | None,
+    model: str | None,
+    gates: GateSpec,
+    *,
+    full: bool,
+) -> Report:
     if server is None:
         _require_runnable(manifest.profile)
     _prepare_process()
@@ -191,7 +205,7 @@ def _measured(console: Console, folder: Path, manifest: Manifest, reward_name: s
                 f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
             )
         return verify(
-            folder, engine, manifest, read_probes(folder / PROBES_FILE), reward=reward, server=asked,
+            folder, engine, manifest, read_probes(folder / PROBES_FILE), reward=reward, server=asked, gates=gates, full=full,
             progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
         )  # fmt: skip
 

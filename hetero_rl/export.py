@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy_targets.artifact import (
     PROBES_FILE,
@@ -24,7 +25,7 @@ from deploy_targets.types import Sampling
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.parts import Parts
-from hetero_rl.rollout import accuracy, probability_gap, sample
+from hetero_rl.rollout import probability_gap, response_rewards, sample, solved_share
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.tasks.rewards import reward_text
 
@@ -49,8 +50,9 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
 
     greedy = Sampling(sampling.max_tokens, 0.0, stop_token_ids=sampling.stop_token_ids)
     responses = sample(publisher.engine, task, problems, 1, greedy)
-    solved = accuracy(task, problems, [response.tokens for response in responses])
-    write_atomically(temporary / TASK_SAMPLE_FILE, task_sample(task, problems))
+    rewards = response_rewards(task, problems, [response.tokens for response in responses])
+    solved = solved_share(rewards)
+    write_atomically(temporary / TASK_SAMPLE_FILE, task_sample(task, problems, rewards))
     write_manifest(
         temporary,
         profile=profile,
@@ -93,14 +95,18 @@ def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight
     return ProbeSet(tuple(probes), sampling.temperature, weight_version), float(np.nanmean(np.concatenate(gaps)))
 
 
-def task_sample(task: Task, problems: list[Problem]) -> bytes:
-    """`task_sample.jsonl`: prompt tokens, prompt text, and the columns a reward needs; no code, no tokenizer call on the target."""
+def task_sample(task: Task, problems: list[Problem], rewards: NDArray[np.float32]) -> bytes:
+    """`task_sample.jsonl`: prompt tokens, prompt text, the columns a reward needs, and the reward the exported engine got (null for NaN).
+
+    No code, and no tokenizer call on the target.
+    """
     lines = [
         json.dumps({
             "prompt_tokens": list(task.encode_prompt(problem)),
             "prompt": problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt),
             "columns": dict(problem.columns),
+            "expected": float(reward) if math.isfinite(reward) else None,
         }, default=str)
-        for problem in problems
+        for problem, reward in zip(problems, rewards, strict=True)
     ]  # fmt: skip
     return ("\n".join(lines) + "\n").encode()

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy_targets.errors import EngineError
+from deploy_targets.paired import SOLVED
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling
-from deploy_targets.verify import SOLVED
 from hetero_rl.config import LoopConfig
 from hetero_rl.errors import RewardError
 from hetero_rl.tasks.base import Problem, Task
@@ -68,13 +68,17 @@ def sample(engine: Engine, task: Task, problems: Sequence[Problem], group_size: 
 def rewarded(task: Task, problems: Sequence[Problem], generations: Sequence[Generation], group_size: int) -> Rollouts:
     """Judge the responses: one reward each, NaN where the reward function gave None."""
     repeated = [problem for problem in problems for _ in range(group_size)]
-    rewards = _rewards(task, repeated, [generation.tokens for generation in generations]).reshape(len(problems), group_size)
+    rewards = response_rewards(task, repeated, [generation.tokens for generation in generations]).reshape(len(problems), group_size)
     return Rollouts(list(problems), list(generations), rewards, generations[0].weight_version)
 
 
 def accuracy(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[int] | NDArray[np.int32]]) -> float:
     """Share of `problems` whose response earns the full reward; problems without a reward are left out."""
-    rewards = _rewards(task, problems, responses)
+    return solved_share(response_rewards(task, problems, responses))
+
+
+def solved_share(rewards: NDArray[np.float32]) -> float:
+    """Share of the full rewards among the finite ones; NaN where there is none."""
     judged = rewards[np.isfinite(rewards)]
     return float((judged >= SOLVED).mean()) if len(judged) else float("nan")
 
@@ -103,6 +107,9 @@ def train_sequences(rollouts: Rollouts, advantages: NDArray[np.float32]) -> list
     ]
 
 
-def _rewards(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[int] | NDArray[np.int32]]) -> NDArray[np.float32]:
+def response_rewards(
+    task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[int] | NDArray[np.int32]]
+) -> NDArray[np.float32]:
+    """Reward of each response, float32 [num_problems]; NaN where the reward function gave None."""
     rewards = task.reward(problems, task.decode_completions([list(map(int, response)) for response in responses]))
     return np.array([np.nan if reward is None else reward for reward in rewards], dtype=np.float32)

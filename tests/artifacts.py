@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,18 @@ def make_artifact(
     tolerance: float = 0.01,
     accuracy: float | None = 1.0,
     gates: GateSpec | None = None,
+    expected: Sequence[float | None] | None = None,
 ) -> Manifest:
-    """Probes of `num_sequences` x 20 tokens whose learner log-probs are `shift` of the fake engine's own."""
+    """Probes of `num_sequences` x 20 tokens whose learner log-probs are `shift` of the fake engine's own.
+
+    `expected`: the rewards that the export got, for a task sample that carries them.
+    """
     shutil.copytree(model_dir, folder)
     engine = FakeEngine(folder, {}, VERSION)
     profile = load_profile("fake").model_copy(update={"gates": gates or GateSpec()})
-    manifest = seal(folder, engine, profile, num_sequences=num_sequences, shift=shift, tolerance=tolerance, accuracy=accuracy)
+    manifest = seal(
+        folder, engine, profile, num_sequences=num_sequences, shift=shift, tolerance=tolerance, accuracy=accuracy, expected=expected
+    )
     engine.close()
     return manifest
 
@@ -49,6 +55,7 @@ def seal(
     shift: Shift = lambda logps: logps,
     tolerance: float = 0.01,
     accuracy: float | None = None,
+    expected: Sequence[float | None] | None = None,
 ) -> Manifest:
     """An artifact of the folder that `engine` serves, with what it answers itself as the learner's log-probs, but for `shift`."""
     prompts = [[3 + i % 10, 13, 4 + i % 7, 17] for i in range(num_sequences)]
@@ -57,7 +64,10 @@ def seal(
     scores = engine.score(sequences)
     probes = [Probe(seq, shift(s.logps).astype(np.float32), s.greedy_tokens) for seq, s in zip(sequences, scores, strict=True)]
     write_probes(folder / PROBES_FILE, ProbeSet(tuple(probes), 1.0, engine.weight_version))
+    rows: list[dict[str, object]]
     rows = [{"prompt_tokens": prompt, "prompt": f"p{i}", "columns": {"answer": i}} for i, prompt in enumerate(prompts)]
+    if expected is not None:
+        rows = [{**row, "expected": value} for row, value in zip(rows, expected, strict=True)]
     (folder / TASK_SAMPLE_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return write_manifest(
         folder,

@@ -296,6 +296,50 @@ def test_every_tampered_file_of_an_artifact_is_named(tmp_path: Path, tiny_models
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
+def test_exit_codes_of_verdicts(tmp_path: Path, tiny_models: TinyModels) -> None:
+    """0 for a pass, 3 for a fail, 4 where there are too few probes to decide: never 0."""
+    shifted = {"shift": lambda logps: logps - 0.5, "tolerance": 0.001}
+    for name, num_sequences, options, exit_code, verdict in (
+        ("good", 20, {}, 0, "pass"), ("bad", 20, shifted, 3, "fail"),
+        ("few", 9, {}, 4, "undecided"), ("few_and_bad", 9, shifted, 4, "undecided"),
+    ):  # fmt: skip
+        make_artifact(tiny_models("qwen3"), tmp_path / name, num_sequences=num_sequences, accuracy=None, **options)  # type: ignore[arg-type]
+        result = hetero_rl("verify-deploy", tmp_path / name, "--json", f"{name}.json", cwd=tmp_path)
+        assert result.returncode == exit_code, result.stderr + result.stdout
+        assert verdict.upper() in result.stdout
+        assert json.loads((tmp_path / f"{name}.json").read_text())["verdict"] == verdict
+
+
+def test_gates_from_the_command_line(tmp_path: Path, tiny_models: TinyModels) -> None:
+    artifact = tmp_path / "artifact"
+    make_artifact(tiny_models("qwen3"), artifact, accuracy=None, shift=lambda logps: logps - 0.05, tolerance=0.001)
+    assert hetero_rl("verify-deploy", artifact, cwd=tmp_path).returncode == 3
+    changed = ("--gate", "gap_mean_fail=inf", "--gate", "gap_mean_warn=1e3")
+    result = hetero_rl("verify-deploy", artifact, *changed, "--full", "--json", "v.json", "--html", "v.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert "gap_mean_fail = inf instead of 1.5" in result.stdout
+    assert "gap_mean_fail = inf instead of 1.5" in (tmp_path / "v.html").read_text()
+    assert json.loads((tmp_path / "v.json").read_text())["gates_changed"]["gap_mean_fail"] == {"artifact": "1.5", "used": "inf"}
+
+
+@pytest.mark.parametrize(
+    ("gate", "fragments"),
+    [
+        ("gap_men_fail=2", ("unknown gate 'gap_men_fail'", "Did you mean 'gap_mean_fail'?", "accuracy_drop_warn", "greedy_agreement_fail")),
+        ("gap_mean_fail", ("must be name=number",)),
+        ("gap_mean_fail=lots", ("must be name=number", "gap_mean_fail=1.5")),
+    ],
+)
+def test_gates_that_do_not_exist_are_found_before_anything_is_read(gate: str, fragments: tuple[str, ...], tmp_path: Path) -> None:
+    fails(hetero_rl("verify-deploy", "nowhere", "--gate", gate, cwd=tmp_path), 2, *fragments)
+
+
+def test_gates_that_do_not_go_together(tmp_path: Path, tiny_models: TinyModels) -> None:
+    make_artifact(tiny_models("qwen3"), tmp_path / "artifact", accuracy=None)
+    for gate, fragment in {"gap_mean_fail=0.5": "gap_mean_fail = 0.5 must be at least", "kl_k3_warn=nan": "nan is no bound"}.items():
+        fails(hetero_rl("verify-deploy", "artifact", "--gate", gate, cwd=tmp_path), 2, fragment)
+
+
 def test_report_and_export_of_nothing(tmp_path: Path) -> None:
     fails(hetero_rl("report", "nowhere", cwd=tmp_path), 2, "no run")
     fails(hetero_rl("export", "nowhere", "--out", "a", cwd=tmp_path), 2, "no run")

@@ -21,7 +21,7 @@ from tests.command_line import hetero_rl
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/deploy.md", "hetero_rl/cli.py")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/deploy.md", "docs/verify.md", "hetero_rl/cli.py")
 
 
 def commands_in(text: str) -> list[str]:
@@ -60,7 +60,7 @@ def test_command_is_one_the_program_knows(command: str) -> None:
     parse(command)
 
 
-@pytest.mark.parametrize("command", ["hetero-rl train --steps 3", "hetero-rl targets check a b", "hetero-rl export runs/RUN"])
+@pytest.mark.parametrize("command", ["hetero-rl train --steps 3", "hetero-rl targets check a b", "hetero-rl export --out a"])
 def test_parser_refuses_what_the_program_refuses(command: str) -> None:
     with pytest.raises(Exception, match=r"No such option|unexpected extra argument|Missing parameter"):
         parse(command)

@@ -91,6 +91,13 @@ def test_verify_deploy(run: Path, tmp_path: Path) -> None:
     assert {"mean", "p99", "max", "interval"} <= set(report["gap"])
     assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"])
     assert report["gap"]["num_tokens"] >= 512
+    assert report["measured"] == {"probes": report["gap"]["num_sequences"], "num_probes": report["gap"]["num_sequences"],
+                                  "problems": 64, "num_problems": 64, "stopped": ""}  # fmt: skip
+    assert (report["task_paired"]["num_pairs"], report["task_paired"]["lost"] + report["task_paired"]["gained"] <= 2) == (64, True)
+    for measured in report["measures"].values():
+        assert measured["value"] is None or measured["low"] <= measured["value"] <= measured["high"]
+    assert report["cost"]["weights_bytes"] == (run / "artifact" / "model.safetensors").stat().st_size
+    assert 0 < report["cost"]["first_token_s"] < report["seconds"]
     assert "<svg" in (tmp_path / "v.html").read_text()
 
 

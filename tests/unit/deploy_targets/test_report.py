@@ -16,12 +16,14 @@ from rich.console import Console
 from deploy_targets.artifact import PROBES_FILE, check_artifact
 from deploy_targets.charts import bar_chart, histogram, line_chart, scatter_chart
 from deploy_targets.engines.fake import FakeEngine
-from deploy_targets.gates import Gap, Report
+from deploy_targets.gap import MEASURES
+from deploy_targets.gates import Coverage, Report
 from deploy_targets.probes import read_probes
-from deploy_targets.report import SENTENCES, number, print_table, render_html, write_html
+from deploy_targets.report import MEASURE_TITLES, SENTENCES, SLICE_TITLES, measured_sentence, number, print_table, render_html, write_html
 from deploy_targets.verify import verify
 from tests.artifacts import VERSION, make_artifact
 from tests.conftest import TinyModels
+from tests.gaps import empty_gap
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def test_ids_are_unique_and_every_reference_has_its_target(report: Report) -> No
 
 def test_the_page_says_what_was_measured(report: Report) -> None:
     text = render_html(report)
-    for fragment in (SENTENCES[report.verdict], report.artifact_sha256, number(report.gap.mean), report.machine.cpu, report.created,
+    mean = number(report.gap.measures["abs_dp_mean"].value)
+    for fragment in (SENTENCES[report.verdict], report.artifact_sha256, mean, report.machine.cpu, report.created,
                      *report.manifest.files, *(gate.detail for gate in report.gates if "'" not in gate.detail)):  # fmt: skip
         assert fragment in text
 
@@ -84,8 +87,7 @@ def test_hostile_names_are_escaped(report: Report) -> None:
 
 
 def test_a_report_without_one_finite_token_still_renders(report: Report, tmp_path: Path) -> None:
-    empty = Gap(*(np.empty(0) for _ in range(2)), *(np.empty(0, int) for _ in range(3)), num_nonfinite=500)  # type: ignore[arg-type]
-    write_html(replace(report, gap=empty), tmp_path / "r.html")
+    write_html(replace(report, gap=empty_gap(500)), tmp_path / "r.html")
     assert "no data" in (tmp_path / "r.html").read_text("utf-8")
 
 
@@ -152,3 +154,27 @@ def test_a_log_axis_without_a_positive_value_stays_linear() -> None:
 def test_a_scatter_of_many_points_draws_an_even_sample() -> None:
     many = np.linspace(0, 1, 50_000)
     assert len(scatter_chart(many, many, title="t", x_label="x", y_label="y", max_points=100)) < 40_000
+
+
+def test_the_page_and_the_table_show_every_measure_the_cost_and_how_much_was_measured(report: Report) -> None:
+    buffer = io.StringIO()
+    print_table(report, Console(file=buffer, width=200))
+    page, terminal = render_html(report), buffer.getvalue()
+    for title in (*MEASURE_TITLES.values(), *(SLICE_TITLES[name] for name in report.slices)):
+        assert title.replace("'", "&#39;") in page
+    for parts in report.slices.values():
+        assert all(part.label in page for part in parts)
+    assert set(MEASURE_TITLES) == set(MEASURES)
+    sentence = "Measured 20 of 20 probes and 0 of 20 problems of the task sample."
+    for text in (page, terminal):
+        for fragment in ("First token", "Peak memory", "Perplexity", "never a gate", sentence):
+            assert fragment in text
+
+
+def test_what_was_changed_or_left_out_is_said(report: Report) -> None:
+    stopped = replace(report, coverage=Coverage(32, 256, 0, 20, "the probes fail clearly"), gates_changed={"gap_mean_fail": (1.5, 2.0)})
+    assert measured_sentence(stopped) == (
+        "Measured 32 of 256 probes and 0 of 20 problems of the task sample: the probes fail clearly (--full measures everything). "
+        "Gates changed on the command line: gap_mean_fail = 2 instead of 1.5."
+    )
+    assert "gap_mean_fail = 2 instead of 1.5" in render_html(stopped)
