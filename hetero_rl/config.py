@@ -197,8 +197,8 @@ class ConstraintConfig(_Table):
     """`pid`: gain of the gap's rise in a step, in tolerances."""
     reward_window: int = Field(0, ge=0)
     """Give the constraint up, and halve lambda, where it rose over so many steps and the mean reward fell by 0.05; 0: never."""
-    lambda_init: float = Field(1.0, ge=0)
-    """Multiplier at the first step; `lambda_max` bounds it."""
+    lambda_init: float | None = Field(None, ge=0)
+    """Multiplier at the first step; unset: 1, or `lambda_max` where that is less."""
     lambda_max: float | None = Field(None, gt=0)
     """Projection bound; unset: 4.0 for `grey_box` and `flatness`, 0.3 for the signals that hold the engine constant and can destroy a
     run."""
@@ -213,9 +213,19 @@ class ConstraintConfig(_Table):
     @model_validator(mode="after")
     def lambda_starts_within_its_bound(self) -> ConstraintConfig:
         """A multiplier above its projection bound would be clipped at once."""
-        if self.lambda_max is not None and "lambda_init" in self.model_fields_set and self.lambda_init > self.lambda_max:
-            raise ValueError(f"constraint.lambda_init = {self.lambda_init:g} is above constraint.lambda_max = {self.lambda_max:g}")
+        if self.signal != "off" and self.lambda_init is not None and self.lambda_init > self.multiplier_cap:
+            of_signal = f", the bound of signal {self.signal!r}: give constraint.lambda_max too" if self.lambda_max is None else ""
+            raise ValueError(
+                f"constraint.lambda_init = {self.lambda_init:g} is above constraint.lambda_max = {self.multiplier_cap:g}{of_signal}"
+            )
         return self
+
+    @property
+    def first_multiplier(self) -> float:
+        """Lambda at the first step."""
+        if self.signal == "off":
+            return 0.0
+        return min(1.0, self.multiplier_cap) if self.lambda_init is None else self.lambda_init
 
     @property
     def multiplier_cap(self) -> float:

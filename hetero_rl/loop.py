@@ -20,6 +20,7 @@ from deploy_targets.profile import TargetProfile
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.advantage import advantages
 from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, infeasible_message
+from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
 from hetero_rl.checkpoint import LoopState, save_checkpoint
 from hetero_rl.config import RunConfig
@@ -77,9 +78,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             clock = Clock()
             with saved_on_failure(run.checkpoints, state, learner, config, view):
                 rollouts = collect(publisher.engine, task, sampling, loop, state.step, clock.lap)
-
-            advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
-            sequences = train_sequences(rollouts, advantage.numpy())
+                advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
+                sequences = train_sequences(rollouts, advantage.numpy())
             if snapshot is not None:
                 sequences = with_old_logp(learner, snapshot, sequences)
             multiplier = state.dual.multiplier
@@ -93,7 +93,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
                 proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
-                rejected = gate is not None and engine_gap(parts, rollouts.sequences) > gate * gap.mean(gap.engine_gap)
+                rejected = gate is not None and not engine_gap(parts, rollouts.sequences) <= gate * gap.mean(gap.engine_gap)
                 if rejected:
                     learner.restore(masters)
                     version += 1
@@ -152,11 +152,18 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     floor = measure_floor(gaps, seed=config.loop.seed)
     probes = [shortened(sequence) for sequence in sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]]
     reference_gap = parts.publisher.calibrate(probes)
-    multiplier = min(config.constraint.lambda_init, config.constraint.multiplier_cap) if config.constraint.signal != "off" else 0.0
     tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor, config.constraint.tolerance_min)
     dtype = parts.learner.compute_dtype
     return LoopState(
-        0, 0, DualState(multiplier), floor, tolerance, tuple(probes), reference_gap, parts.publisher.calibration, compute_dtype=dtype
+        0,
+        0,
+        DualState(config.constraint.first_multiplier),
+        floor,
+        tolerance,
+        tuple(probes),
+        reference_gap,
+        parts.publisher.calibration,
+        compute_dtype=dtype,
     )
 
 
@@ -172,7 +179,8 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
         tolerance=tolerance,
         eta=constraint.eta,
         lambda_max=constraint.multiplier_cap,
-        lambda_infeasible=constraint.multiplier_cap / 4,
+        # Where the gap did not fall by a signal that holds the engine constant, it will not: the penalty would only eat the reward.
+        lambda_infeasible=constraint.multiplier_cap / 4 if constraint.signal in PAIRED else 0.0,
         ema=constraint.ema,
         patience=constraint.patience,
         controller="off" if constraint.signal == "off" else constraint.controller,

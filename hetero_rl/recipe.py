@@ -19,10 +19,12 @@ class Recipe(NamedTuple):
     settings: Mapping[str, Mapping[str, Any]]
 
 
+GUARD = {"constraint": {"signal": "grey_box", "lambda_init": 0.0, "tolerance": 1.5}}
+"""Half a floor of slack: at the floor itself the noise of a step would call the twin every other time."""
 RECIPES: dict[RecipeName, Recipe] = {
     "none": Recipe("the defaults of every setting", {}),
     "plain": Recipe("the gap is measured and not bounded", {"constraint": {"signal": "off"}}),
-    "guard": Recipe("the grey box acts when the gap leaves the tolerance", {"constraint": {"signal": "grey_box", "lambda_init": 0.0}}),
+    "guard": Recipe("the grey box acts when the gap is half again the floor", GUARD),
     "grey_box": Recipe("the grey box acts from the first step", {"constraint": {"signal": "grey_box"}}),
 }
 
@@ -42,12 +44,13 @@ def choose(profile: TargetProfile) -> tuple[RecipeName, str]:
 def recipe_settings(name: str, profile: TargetProfile, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tables of recipe `name`, to lie below `given`; a name that does not exist has none.
 
-    Numbers of `[constraint]` belong to a signal: who gives a signal of their own gets none of the recipe's.
+    Numbers of `[constraint]` belong to a signal: who gives another one gets none of the recipe's.
     """
     chosen = choose(profile)[0] if name == "auto" else name
     recipe = RECIPES.get(chosen)  # type: ignore[call-overload]
     if recipe is None:
         return {}
     constraint = given.get("constraint")
-    own_signal = "signal" in profile.constraint or (isinstance(constraint, Mapping) and "signal" in constraint)
-    return {table: dict(values) for table, values in recipe.settings.items() if not (own_signal and table == "constraint")}
+    signal = {**profile.constraint, **(constraint if isinstance(constraint, Mapping) else {})}.get("signal")
+    own = recipe.settings.get("constraint", {}).get("signal")
+    return {table: dict(values) for table, values in recipe.settings.items() if table != "constraint" or signal in (None, own)}

@@ -10,10 +10,13 @@ from hetero_rl.recipe import RECIPES, choose
 
 def recipe_lines(config: RunConfig, profile: TargetProfile) -> list[str]:
     """What a run says at its start: the recipe and why, and the pieces that come of it and of the user's own settings."""
-    if config.recipe != "auto":
-        return [f"recipe {config.recipe}: {RECIPES[config.recipe].what}", pieces(config)]
-    chosen, why = choose(profile)
-    return [f"recipe {chosen}, chosen for {profile.name} because {why}: {RECIPES[chosen].what}", pieces(config)]
+    chosen, because = config.recipe, ""
+    if chosen == "auto":
+        chosen, why = choose(profile)
+        because = f", chosen for {profile.name} because {why}"
+    given = RECIPES[chosen].settings.get("constraint", {})
+    is_kept = all(getattr(config.constraint, key) == value for key, value in given.items())
+    return [f"recipe {chosen}{because}: {RECIPES[chosen].what if is_kept else 'changed by settings of your own'}", pieces(config)]
 
 
 def pieces(config: RunConfig) -> str:
@@ -30,7 +33,7 @@ def pieces(config: RunConfig) -> str:
     if constraint.signal == "off":
         return ", ".join([*parts, "the gap measured and not bounded"])
     form = f" ({constraint.grey_box_form})" if constraint.signal in PAIRED else ""
-    first = min(constraint.lambda_init, constraint.multiplier_cap)
+    first = constraint.first_multiplier
     if constraint.controller == "fixed":
         return ", ".join([*parts, f"signal {constraint.signal}{form} with lambda {first:g}"])
     how = {"dual": "dual ascent", "pid": "a PID controller"}[constraint.controller]

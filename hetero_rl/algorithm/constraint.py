@@ -144,7 +144,9 @@ def infeasible_message(state: DualState, config: DualConfig, floor: float | None
         change = "Raise constraint.tolerance, use constraint.signal = 'grey_box', or choose a target with a finer grid"
         if floor is not None and config.tolerance <= floor:
             change += "; signals that hold the engine constant cannot bring the gap below the floor"
-    return f"the constraint is infeasible: {seen}. lambda is held at or below {_bound(state, config):g} from here on. {change}"
+    bound = _bound(state, config)
+    held = f"lambda is held at or below {bound:g}" if bound > 0.0 else "lambda is 0"
+    return f"the constraint is infeasible: {seen}. {held} from here on. {change}"
 
 
 def _controlled(state: DualState, violation: float, rise: float, config: DualConfig) -> DualState:

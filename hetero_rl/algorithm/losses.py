@@ -7,14 +7,14 @@ With r_t = p_learner(y_t) / p_anchor(y_t), A the advantage, w the weight of the 
 | ppo_clip | -w min(r A, clip(r, 1 - low, 1 + high) A) | learner, old | no gradient where the clip binds |
 | gspo | the same with s = sg(mean ratio of the response) r / sg(r) | learner, old | one clip for a response; low variance |
 | cispo | -w sg(clip(r, 1 - low, 1 + high)) A log p_learner | learner, old | of the cut alone: every token keeps a gradient |
-| dppo | -r A where not (abs(dp) beyond the bound and moving away), else 0 | engine | r is an importance weight that nothing bounds |
+| dppo | -sg(min(r, 20)) A log p_learner where not (abs(dp) beyond the bound and moving away), else 0 | engine | of cut and mask |
 
 In the first three the ratio is the learner against itself, so a coarse engine never clips. DPPO is anchored where the tokens were
 drawn, as published: it takes engine gap and staleness as one, and no engine correction goes with it.
 
 Sources: PPO, arXiv 1707.06347, equation 7; clip-higher: DAPO, arXiv 2503.14476. GSPO, arXiv 2507.18071 (GSPO-token, equation 13;
 the geometric mean of the ratios). CISPO: MiniMax-M1, arXiv 2506.13585, equation 4. DPPO with the binary total variation: Qi
-et al., arXiv 2602.04879, equations 11 to 13.
+et al., arXiv 2602.04879, equations 11 to 13, with the cut of the importance weight of the authors' implementation.
 
 Shapes: all float32 [num_tokens], nats; only `learner_logp` has a gradient. The caller sums over the batch and normalizes.
 """
@@ -26,6 +26,9 @@ from torch import Tensor
 
 from hetero_rl.algorithm.kinds import POLICY_LOSSES, ClipRange, PolicyLoss
 from hetero_rl.algorithm.segments import Segments
+
+DPPO_RATIO_MAX = 20.0
+"""Where the authors' implementation cuts the importance weight."""
 
 
 def policy_loss(
@@ -79,8 +82,8 @@ def policy_loss(
 def _dppo(learner_logp: Tensor, engine_logp: Tensor, advantage: Tensor, clip: ClipRange) -> tuple[Tensor, Tensor]:
     shift = learner_logp.detach().exp() - engine_logp.exp()
     stopped = ((shift > clip.high) & (advantage > 0)) | ((shift < -clip.low) & (advantage < 0))
-    ratio = (learner_logp - engine_logp.detach()).exp()
-    return torch.where(stopped, 0.0, -ratio * advantage), stopped.float()
+    ratio = (learner_logp.detach() - engine_logp).exp().clamp(max=DPPO_RATIO_MAX)
+    return torch.where(stopped, 0.0, -ratio * advantage * learner_logp), stopped.float()
 
 
 def response_scales(lengths: list[int], normalization: str, max_length: int) -> list[float]:

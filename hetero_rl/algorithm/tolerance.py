@@ -61,7 +61,7 @@ def out_of_reach(signal: Signal, tolerance: float, floor: Floor) -> str:
 
     Such a signal pulls the learner to the engine of before, whose weights then follow: the gap of the same weights stays (signals.py).
     """
-    if signal not in ("loss", "advantage") or tolerance > floor.low:
+    if signal not in ("loss", "advantage") or tolerance > floor.high:
         return ""
     return (
         f"the tolerance {tolerance:.4f} is not above the floor (95 % interval {floor.low:.4f} to {floor.high:.4f}), and "

@@ -41,6 +41,6 @@ def split_batch(sequences: Sequence[TrainSequence], constraint: ConstraintConfig
             silent.append(sequence)
     if not paired and not teaching:
         teaching, silent = silent, []
-    scale = len(sequences) / len(paired) if paired else 1.0
-    parts = [Part(paired, True, form, scale), Part(teaching, True), Part(silent, False)]
+    # Not by how many there are in this batch: updates whose turn brings none would then be missing from the mean.
+    parts = [Part(paired, True, form, 1.0 / share if share else 1.0), Part(teaching, True), Part(silent, False)]
     return [part for part in parts if part.sequences]

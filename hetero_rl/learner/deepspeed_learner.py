@@ -160,7 +160,11 @@ class Learner:
     def _step(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """One optimizer step on one batch."""
         lengths = [int(np.isfinite(sequence.engine_logp).sum()) for sequence in sequences]
-        num_tokens = max(1, sum(lengths))
+        num_tokens = sum(lengths)
+        if num_tokens == 0:
+            # A step of zero gradient would still move the weights by the optimizer's averages.
+            self._count_skips(1, 0.0, float("nan"))
+            return UpdateStats(LossSums(), 0.0, float(self._engine.get_lr()[0]), 1)
         scales = response_scales(lengths, self.algorithm.normalization, self._max_response_tokens)
         sequences = [replace(sequence, loss_scale=scale) for sequence, scale in zip(sequences, scales, strict=True)]
         seed = self._seed * NOISE_SEEDS + self._num_updates
@@ -184,8 +188,7 @@ class Learner:
                 prompts, responses, routes = zip(*((s.prompt, s.tokens, s.routes) for s in part.sequences), strict=True)
                 for batch in self._micro_batches(prompts, responses, routes):
                     stats = self._forward(batch, beside, as_twin=self._as_twin)
-                    cost_weight = multiplier * part.cost_scale
-                    loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, cost_weight)
+                    loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, multiplier, part.cost_scale)
                     if part.with_gradient:
                         self._engine.backward(loss / num_tokens)
                     sums = sums + found
@@ -275,12 +278,12 @@ class Learner:
         """Undo the steps since `masters` were taken: weights alone, the optimizer's averages and the schedule stay."""
         write_masters(self._engine, masters)
         self._copy_in(masters)
-        self.forget_twins()
 
     def _copy_in(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.policy.named_parameters():
                 parameter.copy_(weights[name])
+        self.forget_twins()
 
     def save(self, folder: Path) -> None:
         """Write master weights, optimizer and scheduler state into `folder`."""

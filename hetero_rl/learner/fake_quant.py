@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class _Twin(nn.Module):
     def _round(self, weight: Tensor) -> Tensor:
         rounded = self._rounded
         if rounded is None:
-            rounded = with_random_signs(weight, self.quantizer.dequantized(self.weight_name, weight), self.noise_seed)
+            rounded = self.quantizer.dequantized(self.weight_name, weight)
+            rounded = with_random_signs(self.weight_name, weight, rounded, self.noise_seed)
         self._rounded = rounded if self.keep else None
         return rounded
 
@@ -115,7 +117,7 @@ class TwinExperts(nn.Module):
         if rounded is None:
             rounded = weight.detach().clone()
             for saved_name, view in saved_views(self.weight_names[name], rounded, self.stored):
-                view.copy_(with_random_signs(view, self.quantizer.dequantized(saved_name, view), self.noise_seed))
+                view.copy_(with_random_signs(saved_name, view, self.quantizer.dequantized(saved_name, view), self.noise_seed))
         if self.keep:
             self._rounded[name] = rounded
         return rounded
@@ -188,11 +190,13 @@ def random_errors(layers: list[TwinLayer], seed: int) -> Iterator[None]:
             layer.noise_seed = None
 
 
-def with_random_signs(weight: Tensor, rounded: Tensor, seed: int | None) -> Tensor:
-    """`rounded` without a seed, else weight + s (rounded - weight), s = -1 or 1 for each element; shape and dtype of `weight`."""
+def with_random_signs(name: str, weight: Tensor, rounded: Tensor, seed: int | None) -> Tensor:
+    """`rounded` without a seed, else weight + s (rounded - weight), s = -1 or 1 for each element; shape and dtype of `weight`.
+
+    `name` is the weight's: each has signs of its own.
+    """
     if seed is None:
         return rounded
-    # The shape, too, chooses the draw; layers of one shape share their signs, which their errors do not.
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    generator = torch.Generator(weight.device).manual_seed(crc32(f"{seed}/{name}".encode()))
     signs = torch.randint(0, 2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8).to(weight.dtype)
     return weight + (2 * signs - 1) * (rounded - weight)

@@ -56,8 +56,9 @@ def objective(
     algorithm: AlgorithmConfig,
     constraint: ConstraintConfig,
     multiplier: float,
+    cost_scale: float = 1.0,
 ) -> tuple[Tensor, LossSums]:
-    """The sum over the tokens of `batch` of policy loss plus `multiplier` times cost, with gradient; and what is logged.
+    """The sum over the tokens of `batch` of policy loss plus `multiplier` x `cost_scale` x cost, with gradient; and what is logged.
 
     `sequences` are those that the batch's `indices` count in; `stats` are the learner's for it.
     """
@@ -86,7 +87,7 @@ def objective(
     reward_loss = total(scale * token_loss)
     cost = torch.zeros_like(reward_loss)
     if stats.twin_cost is not None:
-        cost = total(stats.twin_cost)
+        cost = cost_scale * total(stats.twin_cost)
     elif constraint.signal == "loss":
         cost = total(signals.loss_side_cost(stats.logp, engine_logp))
     with torch.no_grad():

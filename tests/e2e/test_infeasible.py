@@ -14,15 +14,21 @@ STEPS = 40
 LAST = 10
 """Steps whose mean reward is compared."""
 SETTINGS = (
-    *("loop.num_steps=40", "loop.prompts_per_step=24", "loop.samples_per_prompt=8", "loop.max_response_tokens=8", "task.reward=exact"),
+    *(
+        f"loop.num_steps={STEPS}",
+        "loop.prompts_per_step=24",
+        "loop.samples_per_prompt=8",
+        "loop.max_response_tokens=8",
+        "task.reward=exact",
+    ),
     *(
         "learner.lr=2e-4",
         "learner.warmup_steps=5",
-        "evaluation.every_steps=40",
+        f"evaluation.every_steps={STEPS}",
         "evaluation.num_problems=50",
         "evaluation.num_final_problems=50",
     ),
-    "checkpoint.every_steps=40",
+    f"checkpoint.every_steps={STEPS}",
 )
 
 
@@ -43,7 +49,7 @@ def test_it_does_not_eat_the_reward(tmp_path: Path) -> None:
     assert "the constraint is infeasible: lambda" in " ".join(said.split())
     assert "Raise constraint.tolerance, use constraint.signal = 'grey_box'" in " ".join(said.split())
     assert bound[-1]["constraint/infeasible"] == 1
-    assert bound[-1]["constraint/lambda"] <= 0.3 / 4
+    assert bound[-1]["constraint/lambda"] == 0.0, "a penalty that lowers no gap only eats the reward"
     rewards = [np.array([row["reward/mean"] for row in rows[1:]]) for rows in (free, bound)]
     noise = rewards[0][-LAST:].std() / np.sqrt(LAST) + rewards[1][-LAST:].std() / np.sqrt(LAST)
     assert rewards[1][-LAST:].mean() > rewards[0][-LAST:].mean() - 3 * noise

@@ -106,7 +106,7 @@ class TestTolerance:
 
     @pytest.mark.parametrize(
         ("signal", "tolerance", "said"),
-        [("loss", 0.01, True), ("advantage", 0.004, True), ("loss", 0.011, False), ("grey_box", 0.004, False), ("off", 0.004, False)],
+        [("loss", 0.02, True), ("advantage", 0.03, True), ("loss", 0.031, False), ("grey_box", 0.004, False), ("off", 0.004, False)],
     )
     def test_a_bound_that_no_update_can_meet_is_named(self, signal: Signal, tolerance: float, said: bool) -> None:
         text = out_of_reach(signal, tolerance, Floor(0.02, 0.01, 0.03, 1000))

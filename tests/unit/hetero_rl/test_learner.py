@@ -16,9 +16,10 @@ from deploy_targets.profile import load_profile
 from deploy_targets.quantizers.kv_cache import cache_rounding, cut_float8
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
-from hetero_rl.config import AlgorithmConfig
+from hetero_rl.config import AlgorithmConfig, ConstraintConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import short_causal_attention
+from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import micro_batches
 from hetero_rl.learner.fake_quant import add_twin, random_errors, twin
 from hetero_rl.learner.model import load_causal_lm
@@ -384,3 +385,36 @@ def test_flatness_pulls_on_both_sides_and_repeats_itself(make_learner: MakeLearn
     assert once.grad_norm == again.grad_norm
     assert 0.2 < once.sums.cost / grey.sums.cost < 5.0
     assert once.sums.cost != grey.sums.cost
+
+
+def test_a_snapshot_leaves_the_rounded_weights_of_now(make_learner: MakeLearner) -> None:
+    """A learner that computes with rounded weights rounds anew after it scored those of an older version."""
+    learner, batch = make_learner(forward="fake_quant", lr=1e-2), as_sequences(sequences())
+    snapshot = learner.snapshot()
+    learner.update(sequences(), 0.0)
+    before = learner.score(batch)
+    old = learner.score_snapshot(snapshot, batch)
+    assert all((a.logps == b.logps).all() for a, b in zip(learner.score(batch), before, strict=True))
+    assert any((a.logps != b.logps).any() for a, b in zip(old, before, strict=True))
+
+
+def test_a_step_without_a_single_finite_logprob_moves_nothing(make_learner: MakeLearner) -> None:
+    learner = make_learner(lr=1e-2)
+    learner.update(sequences(), 0.0)
+    before = learner.snapshot()
+    lost = learner.update([replace(s, engine_logp=np.full_like(s.engine_logp, np.nan)) for s in sequences()], 0.0)
+    assert lost.num_skipped == 1
+    assert all(torch.equal(before[name], now) for name, now in learner.snapshot().items())
+
+
+def test_a_share_of_the_prompts_costs_as_much_in_the_mean(make_learner: MakeLearner) -> None:
+    """Also where an update's turn brings no prompt at all; and what is logged is in the unit of the whole."""
+    batch = sequences(3)
+    whole = split_batch(batch, ConstraintConfig(), 1.0, 0)[0]
+    assert whole.cost_scale == 1.0
+    few = ConstraintConfig(grey_box_share=0.25)
+    counts = [
+        sum(len(part.sequences) * part.cost_scale for part in split_batch(batch, few, 1.0, turn) if part.grey_box) for turn in range(8)
+    ]
+    assert sum(counts) / 8 == pytest.approx(len(batch))
+    assert min(counts) < max(counts)

@@ -34,7 +34,7 @@ def reference(
             if kind == "dppo":
                 shift = math.exp(logp[t]) - math.exp(engine[t])
                 stopped[t] = (shift > CLIP.high and a > 0) or (shift < -CLIP.low and a < 0)
-                losses[t] = 0.0 if stopped[t] else -a * math.exp(logp[t]) / math.exp(engine[t])
+                losses[t] = 0.0 if stopped[t] else -a * min(math.exp(logp[t]) / math.exp(engine[t]), 20.0) * logp[t]
             elif kind == "cispo":
                 stopped[t], losses[t] = cut != ratio, -w * cut * a * logp[t]
             else:
@@ -69,21 +69,23 @@ def test_against_the_definition(kind: PolicyLoss, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", POLICY_LOSSES)
 def test_gradient(kind: PolicyLoss) -> None:
-    """By autograd's finite differences where the loss is its own antiderivative; GSPO and CISPO hold their weight constant."""
+    """By autograd's finite differences where the loss is its own antiderivative; the others hold their weight constant."""
     arrays = inputs(0)
     logp = torch.from_numpy(arrays[0]).requires_grad_(True)
     loss, stopped = compute(kind, arrays, logp)
     loss.sum().backward()
     assert logp.grad is not None
-    if kind in ("ppo_clip", "dppo"):
+    if kind == "ppo_clip":
         assert torch.autograd.gradcheck(lambda x: compute(kind, arrays, x)[0], (logp,))
     else:
-        _, old, _, advantage, weight, mask = (torch.from_numpy(a) for a in arrays)
+        _, old, engine, advantage, weight, mask = (torch.from_numpy(a) for a in arrays)
         log_ratio = logp.detach() - old
+        if kind == "dppo":
+            log_ratio, weight = logp.detach() - engine, torch.ones_like(old)
         if kind == "gspo":
             segments = Segments.of(LENGTHS)
             log_ratio = segments.spread(segments.mean(log_ratio, mask))
-        kept = log_ratio.exp() * (1 - stopped) if kind == "gspo" else log_ratio.exp().clamp(1 - CLIP.low, 1 + CLIP.high)
+        kept = log_ratio.exp() * (1 - stopped) if kind in ("gspo", "dppo") else log_ratio.exp().clamp(1 - CLIP.low, 1 + CLIP.high)
         torch.testing.assert_close(logp.grad, -weight * advantage * kept)
 
 

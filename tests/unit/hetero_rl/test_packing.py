@@ -146,7 +146,7 @@ def test_a_share_of_the_prompts_takes_turns_in_the_grey_box() -> None:
         parts = split_batch(batch, config, 0.3, num_updates)
         assert sum(len(part.sequences) for part in parts) == len(batch)
         paired = next(part for part in parts if part.grey_box)
-        assert paired.cost_scale == len(batch) / len(paired.sequences)
+        assert paired.cost_scale == 2.5
         turns.append({s.prompt for s in paired.sequences})
         assert len(turns[-1]) == 2, "0.4 of five prompts"
         assert all(s.prompt not in turns[-1] for part in parts if part is not paired for s in part.sequences)

@@ -62,8 +62,11 @@ def test_every_target_gets_a_recipe_that_exists() -> None:
 
 def test_settings_win_over_the_recipe() -> None:
     assert load_config([], ["constraint.lambda_init=0.7"], "fp8-vllm")[0].constraint.lambda_init == 0.7
-    constraint = load_config([], ["constraint.signal=loss"], "fp8-vllm")[0].constraint
-    assert (constraint.signal, constraint.lambda_init) == ("loss", 1.0), "the numbers of a recipe belong to its signal"
+    config, profile = load_config([], ["constraint.signal=loss"], "fp8-vllm")
+    assert (config.constraint.first_multiplier, config.constraint.tolerance) == (0.3, 1.0), "the numbers of a recipe belong to its signal"
+    assert recipe_lines(config, profile)[0].endswith(": changed by settings of your own")
+    named = load_config([], ["recipe=guard", "constraint.signal=grey_box"], "int4-onnx")[0].constraint
+    assert named.first_multiplier == 0.0, "naming the recipe's own signal changes nothing"
     assert load_config([], ["recipe=plain"], "int4-onnx")[0].constraint.signal == "off"
     config, profile = load_config([], ["recipe=none"], "bf16-vllm")
     assert config.constraint.signal == "grey_box"
@@ -79,3 +82,10 @@ def test_a_recipe_that_does_not_exist_lists_the_known() -> None:
 def test_a_resumed_run_keeps_what_it_began_with() -> None:
     old, _ = load_config([], ["constraint.lambda_init=0.5"], "int4-onnx")
     assert load_config([], [], "fp8-vllm", base=old)[0].constraint == old.constraint
+
+
+@pytest.mark.parametrize("settings", [["constraint.lambda_max=0.3"], ["constraint.signal=loss"], ["constraint.signal=off"], []])
+def test_a_config_survives_its_own_file(settings: list[str]) -> None:
+    """A run folder holds every setting, the unset ones too."""
+    config, _ = load_config([], settings)
+    assert type(config).model_validate_json(config.model_dump_json()) == config

@@ -39,6 +39,8 @@ def test_the_shipped_config_uses_all_it_says() -> None:
 def test_lambda_above_its_bound_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"constraint\.lambda_init = 2 is above constraint\.lambda_max = 1"):
         load_config([], ["constraint.lambda_init=2.0", "constraint.lambda_max=1.0"])
+    with pytest.raises(ProfileError, match=r"lambda_init = 1 is above constraint\.lambda_max = 0\.3, the bound of signal 'loss'"):
+        load_config([], ["constraint.signal=loss", "constraint.lambda_init=1.0"])
     assert RunConfig.model_validate({"constraint": {"signal": "loss"}}).constraint.multiplier_cap == 0.3
 
 
