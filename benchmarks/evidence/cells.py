@@ -30,9 +30,16 @@ class Arm:
     tolerance: float | None = None
     """Bound of the constraint in floors, of the arms that differ in it alone."""
 
+    @property
+    def measures_the_rest(self) -> bool:
+        """Whether the learner computes with the rounded weights: its gap is what is left beside them, and so is its floor."""
+        return "learner.forward=fake_quant" in self.settings
 
-PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.eta=0.04")
-"""The published constants in units of the tolerance."""
+
+PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.ema=0", "constraint.patience=100000")
+"""The published constants, without this project's average of the gap and its watch for a bound that cannot be met."""
+FLOORS = {"q2_k-llamacpp": 0.048, "int4-onnx": 0.0105}
+"""Measured; the published eta of 1 per unit of the gap is one floor per unit of relative violation."""
 OFF = ("constraint.signal=off",)
 
 
@@ -62,6 +69,7 @@ ARMS = {
     "centering": Arm("score centering with the twin as the engine", corrected("score_centering=true")),
     "fake_quant": Arm("the learner computes with the rounded weights", (*OFF, "learner.forward=fake_quant"), drawn=True),
     "paper_loss": Arm("the paper's loss side, 1 x floor, lambda from 0.1", ("constraint.signal=loss", *PAPER), drawn=True),
+    "paper_loss_1.5x": Arm("the same at 1.5 x floor", ("constraint.signal=loss", "constraint.tolerance=1.5", *PAPER)),
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
     "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
     "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
@@ -138,7 +146,9 @@ class Cell:
     @property
     def settings(self) -> tuple[str, ...]:
         """`--set` of the run; later ones win."""
-        return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *ARMS[self.arm].settings, f"loop.seed={self.seed}")
+        arm = ARMS[self.arm].settings
+        eta = (f"constraint.eta={FLOORS.get(self.target, 0.04)}",) if set(PAPER) <= set(arm) else ()
+        return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *arm, *eta, f"loop.seed={self.seed}")
 
 
 FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey", "grey_dual")

@@ -25,6 +25,7 @@ from benchmarks.evidence.tasks import write_files
 from benchmarks.evidence.warm_start import SIZES, warm_start
 from deploy_targets.hardware import describe_machine, package_versions
 from hetero_rl.metrics import read_metrics
+from hetero_rl.run_folder import ENVIRONMENT_FILE
 
 ROOT = Path(__file__).parents[2]
 _SHARED: dict[Path, Lock] = {}
@@ -33,15 +34,18 @@ COLLAPSE = 0.5
 """A run has collapsed when it ends below this share of its best deployed accuracy."""
 
 
-def finished(path: Path) -> set[str]:
-    """The cells that have a line in `path`."""
-    return {json.loads(line)["cell"] for line in path.read_text("utf-8").splitlines()} if path.is_file() else set()
+def finished(path: Path) -> dict[str, list[str]]:
+    """Cell -> settings of its last line in `path`."""
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return {line["cell"]: line["settings"] for line in map(json.loads, lines)}
 
 
 def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int, extra: Sequence[str] = ()) -> int:
     """Run what has no line in `out` yet, with `extra` settings on top; returns the number of runs that failed."""
     done = finished(out)
-    waiting = [cell for cell in wanted if cell.key not in done]
+    waiting = [cell for cell in wanted if done.get(cell.key) != [*cell.settings, *extra]]
+    # Last, because it is an evaluation of what `control` trained: at its side it would only wait, and keep a core from others.
+    waiting.sort(key=lambda cell: cell.arm == "ptq")
     print(f"{len(waiting)} runs to do, {len(done)} done", file=sys.stderr)
     work.mkdir(parents=True, exist_ok=True)
     for task in dict.fromkeys(cell.task for cell in waiting):
@@ -89,9 +93,11 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
     start = time.time()
     with tempfile.TemporaryDirectory(dir=work) as folder, trained(cell, work, Path(folder), cores, extra) as run:
         rows = read_metrics(run)
+        commit = json.loads((run / ENVIRONMENT_FILE).read_text("utf-8"))["git_commit"]
         deployed = {"deployed_accuracy": rows[-1]["eval/deployed_accuracy"], "learner_accuracy": rows[-1]["eval/learner_accuracy"]}
         deployed["gap"] = sum(row["constraint/engine_gap"] for row in rows[-10:]) / 10
-        if cell.rollout_target != cell.served_by and not ARMS[cell.arm].deployed_as_trained:
+        judged_by_target = cell.rollout_target == cell.served_by or ARMS[cell.arm].deployed_as_trained
+        if not judged_by_target:
             call(["eval", str(run), "--target", cell.served_by, "--json", str(Path(folder) / "eval.json")], cores)
             numbers = json.loads((Path(folder) / "eval.json").read_text("utf-8"))
             deployed = {"deployed_accuracy": numbers["eval/deployed_accuracy"], "learner_accuracy": numbers["eval/learner_accuracy"]}
@@ -105,7 +111,8 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         "start_accuracy": rows[0]["eval/deployed_accuracy"],
         "floor": rows[0]["constraint/floor"],
         "tolerance": rows[0]["constraint/tolerance"],
-        "collapsed": rows[-1]["eval/deployed_accuracy"] < COLLAPSE * best,
+        # The curve of `ptq` is that of the engine that made its rollouts.
+        "collapsed": judged_by_target and rows[-1]["eval/deployed_accuracy"] < COLLAPSE * best,
         "infeasible": bool(rows[-1]["constraint/infeasible"]),
         "curve": [[row["step"], row["eval/deployed_accuracy"], row["eval/learner_accuracy"]] for row in curve],
         "reward": [round(row["reward/mean"], 4) for row in rows[1:]],
@@ -115,6 +122,8 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         "learner_s": sum(row["perf/learner_s"] for row in rows[1:]),
         "seconds": time.time() - start,
         "settings": [*cell.settings, *extra],
+        "reference": cell.reference,
+        "git_commit": commit,
         "machine": asdict(describe_machine()),
         "versions": package_versions(),
     }

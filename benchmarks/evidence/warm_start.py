@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.evidence.tasks import Sample, samples
+from benchmarks.evidence.tasks import NUM_HELDOUT, NUM_TRAIN, Sample, samples
 from hetero_rl.model import resolve_model
 
 SEED = 314_159
@@ -48,8 +48,7 @@ def warm_start(task: str, size: Size, folder: Path) -> float:
         )
     ).to(DEVICE)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    # The runs' own problems are those of seed 0.
-    drawn, tests = samples(task, seed=1), list(islice(samples(task, seed=2), NUM_TEST))
+    drawn, tests = fresh_samples(task, 1), list(islice(fresh_samples(task, 2), NUM_TEST))
     accuracy = 0.0
     for step in range(MAX_STEPS):
         for group in optimizer.param_groups:
@@ -68,6 +67,12 @@ def warm_start(task: str, size: Size, folder: Path) -> float:
     model.eval().cpu().to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return accuracy
+
+
+def fresh_samples(task: str, seed: int) -> Iterator[Sample]:
+    """Problems that are neither trained on nor held out in any run."""
+    of_runs = {sample.prompt for sample in islice(samples(task), NUM_TRAIN + NUM_HELDOUT)}
+    return (sample for sample in samples(task, seed) if sample.prompt not in of_runs)
 
 
 def batch(tokenizer: Any, drawn: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

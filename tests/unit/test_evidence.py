@@ -7,14 +7,26 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
-from benchmarks.evidence.report import Estimate, accuracy_table, difference_table, gap_at_equal_reward, late_reward, sweep, write_report
+from benchmarks.evidence.report import (
+    Estimate,
+    accuracy_table,
+    difference_table,
+    gap_at_equal_reward,
+    late_reward,
+    read_runs,
+    sweep,
+    write_report,
+)
+from benchmarks.evidence.runner import finished
 from benchmarks.evidence.tasks import last_step, samples
+from benchmarks.evidence.warm_start import fresh_samples
 from hetero_rl.config import load_config
 from hetero_rl.unused_settings import unused_settings
 from tests.unit.test_benchmarks import ROOT
@@ -40,6 +52,7 @@ def test_expressions_and_sorted_lists_are_solved_by_what_they_say() -> None:
 
 def run(arm: str, seed: int, accuracy: float, gap: float = 0.02, **changes: Any) -> dict[str, Any]:
     base = {
+        "cell": f"addition/int4-onnx/on_policy/{arm}/{seed}",
         **{"task": "addition", "target": "int4-onnx", "regime": "on_policy", "arm": arm, "seed": seed, "collapsed": False},
         **{"deployed_accuracy": accuracy, "learner_accuracy": accuracy - 0.01, "floor": 0.01},
         **{"reward": [0.1 * i for i in range(10)], "engine_gap": [gap] * 10, "curve": [[0, 0.4, 0.4], [10, accuracy, accuracy]]},
@@ -63,7 +76,7 @@ def test_tables() -> None:
     assert "**" not in rows["control"], "no mismatch is no rival"
     [row] = difference_table(runs)[2:]
     assert "| `grpo` 55.0 ± " in row
-    assert "| +9.0 ± 12.7 | +0.0 ± 0.0 | 0.50 against 2.00 |" in row
+    assert "| +9.0 ± 12.7 | +0.0 ± 0.0 | 0.50 ± 0.00 against 2.00 ± 0.00 |" in row
     assert math.isnan(late_reward(run("ptq", 0, 0.5))), "another engine made its rollouts"
     assert late_reward(run("tis", 0, 0.5, reward=[0.0] * 60 + [0.5] * 10 + [0.7] * 10)) == pytest.approx(0.6)
 
@@ -76,6 +89,37 @@ def test_the_sweep_orders_the_bounds_and_names_the_time(tmp_path: Path) -> None:
     assert rows[2].split(" | ")[1:] == ["50.0", "49.0", "0.50", "80 |"]
     assert (tmp_path / "tolerance-addition-int4-onnx.svg").is_file()
     assert not sweep([run("grpo", 0, 0.5)], tmp_path)
+
+
+def test_rivals_of_other_units_and_of_other_engines() -> None:
+    """The most seeds count before the best mean; another floor is another unit; a rival judged by another engine has no sampled reward."""
+    runs = [run("grpo", seed, 0.5, floor=0.05, gap=0.05) for seed in (0, 1)] + [run("tis", 7, 0.9)]
+    runs += [run("grey", seed, 0.6, floor=0.05, gap=0.025) for seed in (0, 1)]
+    runs += [run("fake_quant", seed, 0.55, floor=0.0026, gap=0.0031) for seed in (0, 1)]
+    runs += [run("fake_quant_grey", seed, 0.57, floor=0.0026, gap=0.003) for seed in (0, 1)]
+    rows = {row.split(" | ")[2]: row for row in difference_table(runs)[2:]}
+    assert "`fake_quant` 55.0" in rows["`grey`"]
+    assert "| 0.50 ± 0.00 against 1.00 ± 0.00 |" in rows["`grey`"]
+    assert rows["`fake_quant_grey`"].endswith("|  |"), "its learner measures another gap"
+    [row] = difference_table([run("ptq", 0, 0.9), run("ptq", 1, 0.9), run("grey", 0, 0.6), run("grey", 1, 0.6)])[2:]
+    assert "| -30.0 ± 0.0 |  |" in row
+
+
+def test_a_cell_that_has_changed_is_run_again(tmp_path: Path) -> None:
+    cell = Cell("addition", "int4-onnx", "on_policy", "grpo", 0)
+    path = tmp_path / "lines.jsonl"
+    lines = [{"cell": cell.key, "settings": ["loop.num_steps=2"]}, {"cell": cell.key, "settings": [*cell.settings]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert finished(path) == {cell.key: [*cell.settings]}
+    assert [line["settings"] for line in read_runs(path)] == [[*cell.settings]]
+
+
+def test_warm_starts_see_no_problem_of_a_run() -> None:
+    """An arithmetic task has few problems: what is drawn under another seed comes up again."""
+    of_runs = {sample.prompt for sample in islice(samples("expression"), 41_000)}
+    assert {sample.prompt for sample in islice(samples("expression", 1), 41_000)} & of_runs
+    model_sees = {sample.prompt for sample in islice(fresh_samples("expression", 1), 2_000)}
+    assert not model_sees & of_runs
 
 
 def test_a_collapsed_policy_is_compared_at_the_reward_it_had() -> None:
