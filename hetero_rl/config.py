@@ -96,8 +96,8 @@ class AlgorithmConfig(_Table):
     """Policy loss: clipped per token (`ppo_clip`) or per response (`gspo`), with a cut weight (`cispo`), or with a mask on the shift
     of probability against the engine (`dppo`)."""
     normalization: Normalization = "token"
-    """Mean over the tokens of a step (`token`), over responses of their means (`sequence`), or over responses of the sum by
-    `loop.max_response_tokens` (`dr`). The constraint's cost is a mean over tokens always."""
+    """Mean over the tokens of a step (`token`), over responses of their means (`sequence`; as GSPO was published), or over responses of
+    the sum by `loop.max_response_tokens` (`dr`). The constraint's cost is a mean over tokens always."""
     clip_low: float | None = Field(None, gt=0, le=1)
     """How far the loss lets a token fall; unset: the published range of the loss (`ppo_clip`: 0.2)."""
     clip_high: float | None = Field(None, gt=0)
@@ -112,7 +112,8 @@ class AlgorithmConfig(_Table):
     """Upper bound, or cap, of the ratio; unset: the published one of the correction."""
     score_centering: bool = False
     """Take the drift towards the engine out of the gradient, with the fake-quantized twin as the engine's distribution; one more
-    forward pass without gradient."""
+    forward pass without gradient. Exact where the rollouts are of the weights of now; with several updates per rollout some drift is
+    left."""
     routing_replay: bool = False
     """Mixtures of experts: the learner sends each token to the experts that it went to in the engine, weighed by its own router (R3). The
     gap is then measured along these routes."""

@@ -151,7 +151,7 @@ class Cell:
         return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *arm, *eta, f"loop.seed={self.seed}")
 
 
-FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey", "grey_dual")
+FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey_share", "grey_dual")
 SUITES: dict[str, dict[str, Sequence[str]]] = {
     "screening": {
         "tasks": ("addition",),
