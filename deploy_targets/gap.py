@@ -15,6 +15,9 @@ With d = learner_logp - engine_logp on a scored token, both at the probes' tempe
 The same formulas as a run's, hetero_rl/algorithm/discrepancy.py and corrections.py; k1 and k3 are those of http://joschu.net/blog/kl-approx.html
 with q = engine, p = learner. k1, k3 and chi2 are estimates where the engine sampled the tokens at the probes' temperature; on tokens from
 elsewhere they are distances only. How intervals are made: `bootstrap.py`.
+
+The learner's log-probs are those of its own arithmetic, which training was held against; what float32 makes of the same weights is apart,
+in `LearnerNoise`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from deploy_targets.types import TokenScores
 
 POSITION_EDGES = (1, 8, 32, 128, 512, 2048)
 PROBABILITY_EDGES = (0.1, 0.5, 0.9, 0.99)
+ENTROPY_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0)
+"""Nats."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Gap:
     `learner_logps`, `engine_logps`: float64 [num_tokens], nats. `greedy_agrees`: bool [num_tokens]. `token_ids`: int32 [num_tokens].
     `sequence`: int [num_tokens], rising from 0 without a hole. `position` (in the response): int [num_tokens].
     `nonfinite`, `scored`: int [num_replayed], tokens without a finite engine log-prob and all tokens, of each sequence replayed.
+    `fp32_logps`, `entropy`: float64 [num_tokens], nats, as `LearnerDetails` has them; None where not every probe has details.
     """
 
     learner_logps: Floats
@@ -52,6 +58,8 @@ class Gap:
     position: NDArray[np.int_]
     nonfinite: NDArray[np.int_]
     scored: NDArray[np.int_]
+    fp32_logps: Floats | None = None
+    entropy: Floats | None = None
 
     @classmethod
     def of(cls, probes: Sequence[Probe], scores: Sequence[TokenScores]) -> Gap:
@@ -61,6 +69,8 @@ class Gap:
         finite = np.isfinite(engine_logps)
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         agrees = [probe.learner_greedy == score.greedy_tokens for probe, score in zip(probes, scores, strict=True)]
+        details = [probe.details for probe in probes if probe.details is not None]
+        has_details = bool(details) and len(details) == len(probes)
         tokens = [np.array(probe.sequence.tokens[probe.sequence.prompt_len :], np.int32) for probe in probes]
         return cls(
             learner_logps=np.concatenate([np.empty(0), *(probe.learner_logps for probe in probes)]).astype(np.float64)[finite],
@@ -71,6 +81,8 @@ class Gap:
             position=np.concatenate([np.empty(0, int), *(np.arange(length) for length in lengths)])[finite],
             nonfinite=np.bincount(sequence[~finite], minlength=len(lengths)),
             scored=lengths,
+            fp32_logps=np.concatenate([said.logps_fp32 for said in details]).astype(np.float64)[finite] if has_details else None,
+            entropy=np.concatenate([said.entropy for said in details]).astype(np.float64)[finite] if has_details else None,
         )
 
     @property
@@ -120,6 +132,15 @@ class Gap:
         with np.errstate(over="ignore"):
             return float(np.exp(-self.learner_logps.mean())), float(np.exp(-self.engine_logps.mean()))
 
+    @cached_property
+    def learner_noise(self) -> LearnerNoise | None:
+        """What the learner's rounding has to do with the gap; None where its log-probs are not known in float32, or no token is finite."""
+        if self.fp32_logps is None or not self.num_tokens:
+            return None
+        p, p_fp32, p_engine = (np.exp(logps) for logps in (self.learner_logps, self.fp32_logps, self.engine_logps))
+        to_fp32 = np.abs(p_fp32 - p_engine)
+        return LearnerNoise(*(self.mean_of(values) for values in (np.abs(p - p_fp32), to_fp32, self.abs_dp - to_fp32)))
+
     def by_position(self) -> tuple[Slice, ...]:
         """The gap along the response."""
         starts = (0, *POSITION_EDGES)
@@ -131,6 +152,14 @@ class Gap:
         edges = (0.0, *PROBABILITY_EDGES, 1.0)
         labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
         return self.sliced(labels, np.searchsorted(PROBABILITY_EDGES, np.exp(self.learner_logps), side="right"))
+
+    def by_entropy(self) -> tuple[Slice, ...]:
+        """The gap by how undecided the learner is, in nats; empty where that is not known."""
+        if self.entropy is None:
+            return ()
+        edges = (0.0, *ENTROPY_EDGES)
+        labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)] + [f"{edges[-1]:g} and more"]
+        return self.sliced(labels, np.searchsorted(ENTROPY_EDGES, self.entropy, side="right"))
 
     def sliced(self, labels: Sequence[str], bins: NDArray[np.int_]) -> tuple[Slice, ...]:
         """The gap of the tokens of each bin; `bins` int [num_tokens] indexes `labels`. Bins without a token are left out."""
@@ -152,6 +181,20 @@ class Slice:
     num_tokens: int
     abs_dp: Measure
     abs_log_ratio: Measure
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerNoise:
+    """The learner's own rounding beside the gap; 95 % intervals over sequences.
+
+    `abs_dp`: mean abs(p_learner - p_fp32), p_fp32 by the same weights in float32; 0 for a learner that computes in it.
+    `gap_to_fp32`: mean abs(p_fp32 - p_engine). `explained`: the gap minus that, token by token; at most `abs_dp`, and negative where the
+    engine rounds as the learner does.
+    """
+
+    abs_dp: Measure
+    gap_to_fp32: Measure
+    explained: Measure
 
 
 def _span(begin: int, end: int | None) -> str:

@@ -14,13 +14,14 @@ Non-finite log-probs are counted, not estimated: their share is held against the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
-from deploy_targets.bootstrap import CONFIDENCE, Floats, Measure
+from deploy_targets.bootstrap import CONFIDENCE, Floats, Measure, measure, ratio
 from deploy_targets.errors import EXIT_GATE, EXIT_UNDECIDED
 from deploy_targets.gap import Gap, Slice
 from deploy_targets.manifest import Manifest
@@ -32,6 +33,7 @@ from deploy_targets.types import Machine, Server
 Verdict = Literal["pass", "warn", "undecided", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "undecided", "fail")
 """From best to worst."""
+NO_KINDS: Mapping[str, Gap] = MappingProxyType({})
 EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "warn": 0, "undecided": EXIT_UNDECIDED, "fail": EXIT_GATE}
 
 MIN_PROBE_TOKENS = 200
@@ -118,11 +120,15 @@ class Coverage:
 class Report:
     """Everything `verify` found out. `slices`: what the tokens are sorted by -> the gap on each part of them.
 
+    `gap` is that on policy samples, which the tolerance is about; `other_kinds`: kind of probe -> the gap on it. All gates rest
+    on log-probs in the learner's own arithmetic, `learner_dtype` (empty where the probes do not say), which training was held against.
     `gates_changed`: bounds that were given on the command line -> (the artifact's, the one used).
     """
 
     verdict: Verdict
     gap: Gap
+    other_kinds: Mapping[str, Gap]
+    learner_dtype: str
     task: TaskResult
     gates: tuple[Gate, ...]
     artifact_sha256: str
@@ -166,6 +172,8 @@ class Report:
             "measures": {name: asdict(measured) for name, measured in measures.items()},
             "slices": {name: [asdict(part) for part in parts] for name, parts in self.slices.items()},
             "perplexity": dict(zip(("learner", "engine"), self.gap.perplexity, strict=True)),
+            "other_kinds": {kind: _kind_json(gap) for kind, gap in self.other_kinds.items()},
+            "learner": {"dtype": self.learner_dtype or None, "noise": _noise_json(self.gap)},
             "task_accuracy": self.task.accuracy,
             "task_accuracy_at_export": recorded.accuracy if recorded else None,
             "task_paired": None if pairs is None else {**asdict(pairs), "reward_drop": asdict(self.task.reward_drop)},
@@ -173,6 +181,7 @@ class Report:
             "gates_changed": {name: {"artifact": f"{old:g}", "used": f"{new:g}"} for name, (old, new) in self.gates_changed.items()},
             "measured": asdict(self.coverage),
             "artifact_sha256": self.artifact_sha256,
+            "hashes_checked": self.manifest.is_sealed,
             "engine": engine,
             "hardware": asdict(self.machine),
             "floor": self.manifest.floor,
@@ -192,23 +201,36 @@ def worst(gates: Iterable[Gate]) -> Verdict:
 
 
 def judge(
-    manifest: Manifest, gap: Gap, task: TaskResult, *, gates: GateSpec | None = None, confidence: float = CONFIDENCE
+    manifest: Manifest,
+    gap: Gap,
+    task: TaskResult,
+    *,
+    others: Mapping[str, Gap] = NO_KINDS,
+    gates: GateSpec | None = None,
+    confidence: float = CONFIDENCE,
 ) -> tuple[Gate, ...]:
     """Hold the measurements against `gates`, by default those of the manifest's profile, with intervals of `confidence`.
 
-    An accuracy that was not measured has no gate.
+    `gap` is that on policy samples, `others` those on probes of other kinds. An accuracy that was not measured has no gate.
     """
     spec = gates or manifest.profile.gates
-    return *judge_gap(spec, manifest.tolerance, gap, confidence), *judge_task(spec, manifest, task, confidence)
+    return *judge_gap(spec, manifest.tolerance, gap, confidence, others), *judge_task(spec, manifest, task, confidence)
 
 
-def judge_gap(spec: GateSpec, tolerance: float, gap: Gap, confidence: float | None = CONFIDENCE) -> tuple[Gate, ...]:
-    """The gates on the probes; `confidence` None: without intervals, which is quick and leaves all but the counted one undecided."""
+def judge_gap(
+    spec: GateSpec, tolerance: float, gap: Gap, confidence: float | None = CONFIDENCE, others: Mapping[str, Gap] = NO_KINDS
+) -> tuple[Gate, ...]:
+    """The gates on the probes; `confidence` None: without intervals, which is quick and leaves all but the counted one undecided.
+
+    The bounds are made for `gap`, that on policy samples. Of the `others`, which lie apart in what they ask, the worst is held against
+    the bounds of the mean gap, and every log-prob has to be finite.
+    """
     few = _too_few(gap)
     mean, kl, agreement = (gap.measure(name, confidence) for name in ("abs_dp_mean", "kl_k3", "greedy_agreement"))
     return (
         judge_measure(spec, "gap_mean", _in_units_of(mean, tolerance), f"mean abs(dp) / tolerance {tolerance:.4g}", few),
-        _nonfinite_gate(gap, confidence),
+        *_kinds_gate(spec, tolerance, others, confidence),
+        _nonfinite_gate([gap, *others.values()], confidence),
         judge_measure(spec, "kl_k3", kl, "k3 estimate of KL(engine || learner), nats per token", few),
         judge_measure(spec, "greedy_agreement", agreement, "share of probe tokens with the same most probable token", few),
     )
@@ -258,10 +280,25 @@ def _verdict(gate: Gate, num_sequences: int, units: str) -> tuple[Verdict, str]:
     return level, ""
 
 
-def _nonfinite_gate(gap: Gap, confidence: float | None) -> Gate:
-    measured, total = gap.measure("nonfinite_share", confidence), gap.num_tokens + gap.num_nonfinite
+def _kinds_gate(spec: GateSpec, tolerance: float, others: Mapping[str, Gap], confidence: float | None) -> list[Gate]:
+    """The gate of the worst kind of probe, each with its part of the error; none where every kind is too small to decide."""
+    enough = {kind: gap for kind, gap in others.items() if gap.num_sequences >= MIN_SEQUENCES and not _too_few(gap)}
+    share = None if confidence is None else 1 - (1 - confidence) / max(1, len(enough))
+    judged = {
+        kind: judge_measure(spec, "gap_mean", _in_units_of(gap.measure("abs_dp_mean", share), tolerance), f"mean abs(dp) on {kind} probes")
+        for kind, gap in enough.items()
+    }
+    if not judged:
+        return []
+    gate = max(judged.values(), key=lambda gate: (VERDICTS.index(gate.verdict), gate.value or 0.0))
+    return [replace(gate, name="gap_kinds", detail=f"worst of {', '.join(judged)}: {gate.detail}")]
+
+
+def _nonfinite_gate(gaps: Sequence[Gap], confidence: float | None) -> Gate:
+    counts = np.stack([np.concatenate([getattr(gap, name) for gap in gaps]) for name in ("nonfinite", "scored")], axis=1).astype(float)
+    measured, (num_nonfinite, total) = measure(ratio, counts, confidence), counts.sum(0).astype(int)
     share = 1.0 if measured.value is None else measured.value
-    detail = f"{gap.num_nonfinite} of {total} engine log-probs are not finite; they are left out of every other measure"
+    detail = f"{num_nonfinite} of {total} engine log-probs are not finite; they are left out of every other measure"
     gate = Gate("nonfinite_share", share, 0.0, NONFINITE_FAIL_SHARE, "undecided", detail, measured.low, measured.high)
     return replace(gate, verdict=gate.level(share))
 
@@ -279,6 +316,16 @@ def _in_units_of(measured: Measure, tolerance: float) -> Measure:
         return None if x is None else x / tolerance if tolerance > 0 else 0.0 if x == 0 else math.inf
 
     return Measure(scaled(measured.value), scaled(measured.low), scaled(measured.high), measured.num_sequences)
+
+
+def _kind_json(gap: Gap) -> dict[str, Any]:
+    counts = {"num_tokens": gap.num_tokens, "num_sequences": gap.num_sequences, "nonfinite": gap.num_nonfinite}
+    measures = {name: asdict(gap.measure(name)) for name in ("abs_dp_mean", "kl_k3", "greedy_agreement")}
+    return {**counts, **measures, "learner_noise": _noise_json(gap)}
+
+
+def _noise_json(gap: Gap) -> dict[str, Any] | None:
+    return None if gap.learner_noise is None else asdict(gap.learner_noise)
 
 
 def _plain(value: Any) -> Any:

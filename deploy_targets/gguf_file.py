@@ -18,11 +18,13 @@ ALIGNMENT = 32
 """Bytes to whose multiples the data of every tensor is padded; the format's default, and the only one accepted here."""
 
 BLOCKS = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""ggml type -> its name, values per block, bytes per block; the types that GGUF targets use."""
+"""ggml type -> its name, values per block, bytes per block: what llama.cpp quantizes weights to."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -44,6 +46,17 @@ class GgufHeader:
 
     metadata: dict[str, Value]
     tensors: dict[str, Entry]
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens of the vocabulary; 0 where the file holds no language model."""
+        return self.tensors.get("token_embd.weight", ("", (0,), 0, 0))[1][0]
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence of the model in tokens; None where the file does not say."""
+        length = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
+        return length if isinstance(length, int) and length > 0 else None
 
 
 def read_gguf(path: Path) -> GgufHeader:

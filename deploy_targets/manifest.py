@@ -76,8 +76,8 @@ class Manifest(_Record):
     """Number of the publish whose bytes these are."""
     source_model: str
     """Name of the model training started from."""
-    floor: float = Field(ge=0)
-    """Mean abs(p_learner - p_engine) of the untrained model: what quantization costs before training."""
+    floor: float | None = Field(ge=0)
+    """Mean abs(p_learner - p_engine) of the untrained model: what quantization costs before training; None where nothing was trained."""
     tolerance: float = Field(ge=0)
     """Mean abs(p_learner - p_engine) the run was held to: floor + slack."""
     final_gap: float | None
@@ -96,6 +96,16 @@ class Manifest(_Record):
     """Tensor of the weights file -> sha256 of the line "DTYPE [shape]" and its bytes; used to name what was damaged."""
     entry_sha256: dict[str, Sha256]
     """Every other field of this file -> sha256 of its canonical JSON."""
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it was read from an artifact; where one has none, what is found out about it stands in its place, without hashes."""
+        return bool(self.entry_sha256)
+
+    def files_sha256(self) -> str:
+        """One hash of all files: that of the lines "SHA256  NAME" in the order of names, as sha256sum prints them."""
+        lines = "".join(f"{record.sha256}  {name}\n" for name, record in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

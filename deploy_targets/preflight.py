@@ -107,6 +107,25 @@ def preflight(
         )
 
 
+def check_model(model_dir: Path) -> dict[str, Any]:
+    """What every use of a model needs, whatever the target: weights that are read, a tokenizer within the vocabulary, a plain output head.
+
+    Returns the keys of its `config.json` that are the language model's. Raises `PreflightError` with everything at once.
+    """
+    offenders: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    config: dict[str, Any] = {}
+    try:
+        config = _text_config(read_object(model_dir / "config.json"))
+        shapes = model_shapes(model_dir)
+    except UsageError as error:
+        offenders.append(str(error))
+    offenders += _tokenizer_offenders(model_dir, config, shapes) + _head_offenders(config)
+    if offenders:
+        raise PreflightError(f"model {model_dir.name!r} cannot be used", offenders)
+    return config
+
+
 def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a Hugging Face checkpoint, one file or shards, from the headers alone.
 

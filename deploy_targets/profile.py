@@ -180,6 +180,37 @@ def with_bounds(gates: GateSpec, bounds: Mapping[str, float]) -> GateSpec:
         raise ProfileError("the gates cannot be changed like that", validation_lines(error)) from None
 
 
+class ProbeSpec(_Table):
+    """Golden probes that an export records (docs/probes.md): their size and shares; the rest is sampled on the task by what is deployed."""
+
+    num_tokens: int = Field(6144, ge=512)
+    """Scored tokens of all probes, about."""
+    greedy: float = Field(0.1, ge=0, le=1)
+    """Share of greedy continuations."""
+    long: float = Field(0.1, ge=0, le=1)
+    """Share of tokens at the end of contexts as long as the target allows."""
+    rare: float = Field(0.08, ge=0, le=1)
+    """Share of tokens from all over the vocabulary."""
+    certain: float = Field(0.05, ge=0, le=1)
+    """Share of tokens the learner is nearly certain of, at most: one that never is has none."""
+    long_len: int | None = Field(None, ge=16)
+    """Tokens of a long context; unset: the most that target and model allow."""
+
+    @model_validator(mode="after")
+    def _shares_leave_policy_samples(self) -> ProbeSpec:
+        if self.policy < 0.25:
+            raise ValueError(
+                f"greedy, long, rare and certain leave {self.policy:.0%} for samples on the task, which the gates on the gap rest on; "
+                "leave at least 25%"
+            )
+        return self
+
+    @property
+    def policy(self) -> float:
+        """Share of samples on the task."""
+        return 1 - self.greedy - self.long - self.rare - self.certain
+
+
 class TargetProfile(_Table):
     """One deployment target. Copy a file of `deploy_targets/profiles/` to make your own."""
 
@@ -197,6 +228,10 @@ class TargetProfile(_Table):
     """Longest prompt + response in tokens that the target serves; a model with fewer positions sets the limit."""
     gates: GateSpec = GateSpec()
     """Bounds of `verify-deploy`."""
+    tolerance: float | None = Field(None, gt=0)
+    """Mean abs(dp) for artifacts that hetero-rl did not make, which bring none of their own; `verify-deploy --tolerance` wins."""
+    probes: ProbeSpec = ProbeSpec()
+    """What an export records for `verify-deploy`."""
     constraint: dict[str, Any] = Field(default_factory=dict)
     """Recommended `[constraint]` table for runs against this target; the user's config wins over it."""
 

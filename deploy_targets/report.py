@@ -22,6 +22,7 @@ SENTENCES: Mapping[Verdict, str] = {
 }
 GATE_TITLES = {
     "gap_mean": "Mean gap / tolerance",
+    "gap_kinds": "The same on other probes",
     "nonfinite_share": "Non-finite log-probs",
     "kl_k3": "KL, k3 estimate (nats)",
     "greedy_agreement": "Greedy agreement",
@@ -44,6 +45,7 @@ MEASURE_TITLES = {
 SLICE_TITLES = {
     "position": "By position in the response",
     "learner_probability": "By the learner's probability",
+    "entropy": "By the learner's entropy (nats)",
     "token_class": "By token class",
 }
 NOTHING = "\N{EN DASH}"
@@ -73,6 +75,7 @@ def render_html(report: Report) -> str:
         slices=[(SLICE_TITLES[name], parts) for name, parts in report.slices.items()],
         sentence=SENTENCES[report.verdict],
         measured=measured_sentence(report),
+        sentences=probe_sentences(report),
         marks=_MARKS,
         facts=_facts(report),
         versions=_version_rows(report),
@@ -99,7 +102,8 @@ def print_table(report: Report, console: Console) -> None:
             console.print(f"[{_STYLES[gate.verdict]}]{gate.verdict}[/] {escape(gate.name)}: {escape(gate.detail)}")
     for label, figure, note in _cost_facts(report):
         console.print(f"[dim]{label:<14}[/dim]{figure}  [dim]{escape(note)}[/dim]", highlight=False)
-    console.print(measured_sentence(report), highlight=False)
+    for sentence in (measured_sentence(report), *probe_sentences(report)):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
     console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {SENTENCES[report.verdict]}")
 
 
@@ -113,6 +117,35 @@ def number(value: float | None) -> str:
 def interval(measured: Measure) -> str:
     """The 95 % interval for people; a dash where there is none."""
     return NOTHING if measured.low is None else f"{number(measured.low)} to {number(measured.high)}"
+
+
+def probe_sentences(report: Report) -> list[str]:
+    """The gap on probes of other kinds, how much of the gap the learner's own rounding explains, and what was not checked."""
+    gaps = {kind: (gap.measure("abs_dp_mean", None).value, gap.num_tokens) for kind, gap in report.other_kinds.items()}
+    kinds = ", ".join(f"{kind} {number(mean)} ({num_tokens:,} tokens)" for kind, (mean, num_tokens) in gaps.items())
+    sentences = [f"Mean gap on other probes: {kinds}."] if kinds else []
+    if (noise := noise_sentence(report)) is not None:
+        sentences.append(noise)
+    if not report.manifest.is_sealed:
+        sentences.append(
+            "No manifest: nothing says which bytes the artifact should have, so no hash was checked. "
+            f"sha256 of the hashes of what was measured: {report.artifact_sha256}."
+        )
+    return sentences
+
+
+def noise_sentence(report: Report) -> str | None:
+    """What the gates are held against, and how much of the mean gap the learner's own rounding explains; None where that is not known."""
+    noise = report.gap.learner_noise
+    if noise is None:
+        return None
+    if report.learner_dtype == "float32":
+        return "Gates are held against the learner's log-probs in float32, its own arithmetic: its rounding explains nothing of the gap."
+    return (
+        f"Gates are held against the learner's log-probs in {report.learner_dtype}, its own arithmetic, which lie "
+        f"{number(noise.abs_dp.value)} from float32 (mean |Δp|). Held against float32 the mean gap is {number(noise.gap_to_fp32.value)}: "
+        f"the learner's rounding explains {number(noise.explained.value)} of it (95 % interval {interval(noise.explained)})."
+    )
 
 
 def measured_sentence(report: Report) -> str:
@@ -181,14 +214,14 @@ def _version_rows(report: Report) -> list[tuple[str, str, str]]:
 def _machine_rows(report: Report) -> list[tuple[str, str, str]]:
     """(property, machine of the export, this machine)."""
     sides = (report.manifest.machine, report.machine)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("CPU", *(machine.cpu for machine in sides)),
         ("Cores", *(str(machine.num_cores) for machine in sides)),
         ("Memory", *(f"{machine.memory_gib:g} GiB" for machine in sides)),
         ("GPUs", *(", ".join(machine.gpus) or "none" for machine in sides)),
         ("CPU features", *(", ".join(machine.cpu_features) or NOTHING for machine in sides)),
     ]
-    return [(name, exported, here) for name, exported, here in rows]
+    return [(name, exported if report.manifest.is_sealed else NOTHING, here) for name, exported, here in rows]
 
 
 def _charts(report: Report) -> list[tuple[str, str]]:
@@ -196,7 +229,8 @@ def _charts(report: Report) -> list[tuple[str, str]]:
     from deploy_targets.charts import bar_chart, histogram, line_chart, scatter_chart  # matplotlib takes a second to import
 
     gap, manifest, measured = report.gap, report.manifest, report.gap.measures["abs_dp_mean"]
-    bars = {"floor": manifest.floor, "tolerance": manifest.tolerance}
+    bars = {"floor": manifest.floor} if manifest.floor is not None else {}
+    bars["tolerance"] = manifest.tolerance
     if manifest.final_gap is not None:
         bars["end of training"] = manifest.final_gap
     if measured.value is not None:

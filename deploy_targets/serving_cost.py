@@ -16,6 +16,7 @@ from deploy_targets.weights_file import WEIGHTS_FILES
 
 _PROC = Path("/proc")
 _NUM_FIRST_TOKENS = 3
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,5 +72,7 @@ def peak_memory_bytes(proc: Path = _PROC) -> int | None:
 
 
 def weights_bytes(manifest: Manifest) -> int:
-    """Size of the artifact's file of weights."""
-    return sum(record.bytes for name, record in manifest.files.items() if name in WEIGHTS_FILES)
+    """Size of the artifact's file of weights; of all files that other tools keep weights in, where it has no manifest."""
+    if manifest.is_sealed:
+        return sum(record.bytes for name, record in manifest.files.items() if name in WEIGHTS_FILES)
+    return sum(record.bytes for name, record in manifest.files.items() if name.endswith(_WEIGHT_SUFFIXES))

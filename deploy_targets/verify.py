@@ -23,7 +23,7 @@ from deploy_targets.errors import ArtifactError, EngineError, ProofError, UsageE
 from deploy_targets.gap import Gap, Slice
 from deploy_targets.gates import Coverage, Report, TaskResult, judge, judge_gap, judge_task, worst
 from deploy_targets.hardware import describe_machine, package_versions
-from deploy_targets.probes import ProbeSet
+from deploy_targets.probes import KINDS, ProbeSet
 from deploy_targets.profile import GateSpec
 from deploy_targets.protocols import Engine
 from deploy_targets.sequential import LOOK_CONFIDENCE, accuracy_is_settled, chunks, fails_clearly, may_fail
@@ -58,9 +58,10 @@ def verify(
 ) -> Report:
     """Measure `engine`, which serves the artifact in `artifact_dir`, and judge it by `gates`, by default those of the artifact's profile.
 
-    `manifest` comes from `check_artifact`, which must have passed before the engine was started. Without `reward`, or without a
-    task sample in the artifact, task accuracy is not measured and has no gate. `full` measures everything, however clear the verdict is.
-    `server` is what `engine` asks, where it starts none: versions of the report are then the server's, beside this package's own.
+    `manifest` comes from `check_artifact`, which must have passed before the engine was started, or from `foreign_manifest`. Without
+    `reward`, or without a task sample in the artifact, task accuracy is not measured and has no gate. `full` measures everything,
+    however clear the verdict is. `server` is what `engine` asks, where it starts none: versions of the report are then the server's, beside
+    this package's own.
 
     Raises `ProofError` when engine or probes hold another weight_version than the manifest, `EngineError` when the engine answers
     with the wrong number of tokens, `ArtifactError` for a damaged task sample, `UsageError` for a reward of the wrong length.
@@ -70,6 +71,7 @@ def verify(
     versions = {"manifest": manifest.weight_version, "engine": engine.weight_version, "probes": probes.weight_version}
     if len(set(versions.values())) > 1:
         raise ProofError(f"not the same weights: weight_version is {versions}. Start the engine with the manifest's, or export again")
+    policy = probes.of_kind("policy")
     spec, rows = gates or manifest.profile.gates, read_task_sample(artifact_dir / TASK_SAMPLE_FILE)
 
     def gap_is_clear(gap: Gap) -> bool:
@@ -79,24 +81,31 @@ def verify(
     def task_is_clear(task: TaskResult) -> bool:
         return accuracy_is_settled(judge_task(spec, manifest, task, LOOK_CONFIDENCE))
 
-    gap = measure_gap(engine, probes, tell, full=full, is_clear=gap_is_clear)
+    gap = measure_gap(engine, policy, tell, full=full, is_clear=gap_is_clear)
+    others: dict[str, Gap] = {}
     task, speed, stopped = TaskResult(), Speed(), []
-    if len(gap.scored) < len(probes.probes):
+    if len(gap.scored) < len(policy.probes):
         stopped.append("the probes fail clearly")
-    if not full and worst(judge_gap(spec, manifest.tolerance, gap)) == "fail":
+    else:
+        kinds = [kind for kind in KINDS if kind != "policy" and probes.num_scored(kind)]
+        others = {kind: measure_gap(engine, probes.of_kind(kind), tell) for kind in kinds}
+    if not full and worst(judge_gap(spec, manifest.tolerance, gap, others=others)) == "fail":
         stopped.append("no task can save probes that fail")
     else:
-        task, speed = measure_task(artifact_dir, engine, manifest, probes, rows, reward, tell, full=full, is_clear=task_is_clear)
+        task, speed = measure_task(artifact_dir, engine, manifest, policy, rows, reward, tell, full=full, is_clear=task_is_clear)
         if 0 < speed.num_judged < len(rows):
             stopped.append("the accuracy is clear")
-    judged = judge(manifest, gap, task, gates=spec)
-    coverage = Coverage(len(gap.scored), len(probes.probes), speed.num_judged, len(rows), "; ".join(stopped))
+    judged = judge(manifest, gap, task, others=others, gates=spec)
+    num_replayed = sum(len(measured.scored) for measured in (gap, *others.values()))
+    coverage = Coverage(num_replayed, len(probes.probes), speed.num_judged, len(rows), "; ".join(stopped))
     return Report(
         verdict=worst(judged),
         gap=gap,
+        other_kinds=others,
+        learner_dtype=probes.learner_dtype,
         task=task,
         gates=judged,
-        artifact_sha256=sha256_of(artifact_dir / MANIFEST_FILE),
+        artifact_sha256=sha256_of(artifact_dir / MANIFEST_FILE) if manifest.is_sealed else manifest.files_sha256(),
         engine_versions=package_versions() if server is None else {**package_versions(["hetero-rl"]), server.software: server.version},
         machine=describe_machine(),
         manifest=manifest,
@@ -151,8 +160,10 @@ def replay(engine: Engine, probes: ProbeSet, indices: Sequence[int], tell: Progr
 
 
 def gap_slices(artifact_dir: Path, gap: Gap) -> dict[str, tuple[Slice, ...]]:
-    """Where the gap lies: by position, by the learner's probability, and by token class where the artifact has a tokenizer."""
+    """Where the gap lies: by position and the learner's probability; by its entropy and by token class, where these are known."""
     slices = {"position": gap.by_position(), "learner_probability": gap.by_learner_probability()}
+    if entropy := gap.by_entropy():
+        slices["entropy"] = entropy
     classes = token_classes(artifact_dir, gap.token_ids)
     return slices if classes is None else {**slices, "token_class": gap.sliced(TOKEN_CLASSES, classes)}
 

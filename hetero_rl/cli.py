@@ -75,9 +75,31 @@ def export(
     run_export(_console(), run, target, out, bundle, sign)
 
 
+@app.command(epilog="Example:  hetero-rl probe Qwen/Qwen3-0.6B --out qwen3.st --prompts prompts.jsonl --target q4_k_m-llamacpp")
+def probe(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the high-fidelity model (safetensors).")],
+    out: Annotated[Path, typer.Option(help="File to be written, or a folder for probes.st.")],
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help='JSON lines: {"prompt": text or chat messages} or {"prompt_tokens": [ids]}; default: samples without a prompt.'),
+    ] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    target: TargetOption = None,
+    tokens: Annotated[Optional[int], typer.Option(min=512, help="Scored tokens; default: those of the target's profile.")] = None,  # noqa: UP045
+) -> None:
+    """Record what any model says: verify-deploy --probes FILE then holds a quantized artifact of it against that, whoever made it.
+
+    Prompts are those of --prompts, or the task of --config; --set loop.max_response_tokens=256, loop.temperature=0.7. Nothing is trained.
+    """
+    from hetero_rl.commands import run_probe
+
+    run_probe(_console(), model, out, config or [], settings or [], target, prompts, tokens)
+
+
 @app.command("verify-deploy", epilog="Example:  hetero-rl verify-deploy model.tar.zst --json verdict.json --html verdict.html")
 def verify_deploy(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder, or the bundle of one.")],
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder or bundle; with --probes a folder or GGUF file of another tool.")],
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.")] = None,  # noqa: UP045
     html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
     reward: Annotated[
@@ -104,16 +126,26 @@ def verify_deploy(
     ] = False,
     public_key: Annotated[Optional[Path], typer.Option(help="Public key (PEM) for --require-signature.")] = None,  # noqa: UP045
     sign_report: Annotated[Optional[Path], typer.Option(help="Sign the --json report with this private key, into FILE.sig.")] = None,  # noqa: UP045
+    probes: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Probes, as the command probe makes them, for an artifact without a manifest."),
+    ] = None,
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="What serves an artifact without a manifest.")] = None,  # noqa: UP045
+    tolerance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Mean abs(dp) to be allowed, for an artifact without a manifest; default: the profile's."),
+    ] = None,
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
     from hetero_rl.commands import run_verify
     from hetero_rl.delivery import Trust
+    from hetero_rl.foreign import Foreign
 
     trust = Trust(require_signature, public_key, sign_report)
     raise typer.Exit(
         run_verify(
             _console(), artifact, json_file, html_file, reward, gate or [],
-            full=full, keep=keep, server=server, model=model, trust=trust,
+            full=full, keep=keep, server=server, model=model, trust=trust, foreign=Foreign(probes, target, tolerance),
         )
     )  # fmt: skip
 

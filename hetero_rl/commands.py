@@ -15,7 +15,7 @@ from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_
 from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
 from deploy_targets.preflight import check_target
-from deploy_targets.probes import read_probes
+from deploy_targets.probes import ProbeSet, read_probes, write_probes
 from deploy_targets.profile import GateSpec, TargetProfile, load_profile, parse_bounds, with_bounds
 from deploy_targets.report import print_table, write_html
 from deploy_targets.signing import check_private_key, sign_file
@@ -23,6 +23,7 @@ from deploy_targets.verify import verify
 from hetero_rl.config import RunConfig, TargetConfig, load_config
 from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_pack
 from hetero_rl.errors import RunFolderError
+from hetero_rl.foreign import Foreign
 from hetero_rl.inputs import check_inputs
 from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
 from hetero_rl.unused_settings import unused_settings
@@ -138,6 +139,38 @@ def _export_run(console: Console, run_path: Path, target: str | None, out: Path)
         return export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
 
 
+def run_probe(
+    console: Console,
+    model: str,
+    out: Path,
+    files: Sequence[Path],
+    settings: Sequence[str],
+    target: str | None,
+    prompts_file: Path | None,
+    num_tokens: int | None,
+) -> None:
+    """`probe`: golden probes of a model that hetero-rl never trained, into the file `out`, or `probes.st` in the folder `out`."""
+    of_task = bool(files) or any(setting.strip().startswith("task.") for setting in settings)
+    if of_task and prompts_file is not None:
+        raise UsageError("give prompts by --prompts, or a task by --config or --set task...; not both")
+    path = out / PROBES_FILE if out.is_dir() else out
+    if path.exists():
+        raise UsageError(f"{path} exists already; give another --out")
+    check_output(path, "--out")
+    config, profile = load_config(files, settings, target)
+    named = target is not None or "name" in config.target.model_fields_set
+    _prepare_process()
+    from hetero_rl.probe import record_model, summary
+
+    with console.status(f"recording probes of {model}"):
+        probes, prompts = record_model(
+            model, config, profile if named else None, prompts_file, of_task=of_task, num_tokens=num_tokens
+        )  # fmt: skip
+        write_probes(path, probes)
+    for name, line in summary(probes, prompts, path, target).items():
+        console.print(f"{name:<9}{line}", highlight=False, soft_wrap=True, markup=False)
+
+
 def run_verify(
     console: Console,
     artifact: Path,
@@ -151,6 +184,7 @@ def run_verify(
     server: str | None,
     model: str | None,
     trust: Trust,
+    foreign: Foreign,
 ) -> int:
     """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
     check_output(json_file, "--json")
@@ -160,9 +194,14 @@ def run_verify(
     if model is not None and server is None:
         raise UsageError("--model names a model of a running server: give --server URL too")
     with ExitStack() as stack:
-        folder, manifest = checked_artifact(artifact, keep, trust, stack)
+        if foreign.is_given:
+            profile = foreign.profile(artifact, keep, trust, reward_name)
+            folder, manifest, probes = foreign.opened(artifact, profile, stack)
+        else:
+            folder, manifest = checked_artifact(artifact, keep, trust, stack)
+            probes = read_probes(folder / PROBES_FILE)
         gates = with_bounds(manifest.profile.gates, bounds)
-        report = _measured(console, folder, manifest, reward_name, server, model, gates, full=full)
+        report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, full=full)
     print_table(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
@@ -177,6 +216,7 @@ def _measured(
     console: Console,
     folder: Path,
     manifest: Manifest,
+    probes: ProbeSet,
     reward_name: str | None,
     server: str | None,
     model: str | None,
@@ -205,7 +245,7 @@ def _measured(
                 f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
             )
         return verify(
-            folder, engine, manifest, read_probes(folder / PROBES_FILE), reward=reward, server=asked, gates=gates, full=full,
+            folder, engine, manifest, probes, reward=reward, server=asked, gates=gates, full=full,
             progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
         )  # fmt: skip
 

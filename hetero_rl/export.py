@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,23 @@ from deploy_targets.artifact import (
     write_atomically,
     write_manifest,
 )
-from deploy_targets.probes import Probe, ProbeSet, write_probes
+from deploy_targets.memory import max_tokens
+from deploy_targets.probes import ProbeSet, write_probes
 from deploy_targets.profile import TargetProfile
-from deploy_targets.types import Sampling
+from deploy_targets.types import Generation, Sampling
+from deploy_targets.vocabulary import TOKENIZER_FILE, read_vocabulary
+from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
 from hetero_rl.parts import Parts
-from hetero_rl.rollout import probability_gap, response_rewards, sample, solved_share
+from hetero_rl.probing import enough_policy, make_probes
+from hetero_rl.rollout import response_rewards, sample, solved_share
 from hetero_rl.tasks.base import Problem, Task
 from hetero_rl.tasks.rewards import reward_text
 
 NUM_PROBE_PROMPTS = 64
-PROBE_SEED = 2_000_000_000
+PROBE_SEED, SEEDS_APART = 2_000_000_000, 1_000_003
+"""Beyond the seeds of a run's steps; batches of probes are as far apart as no two runs are likely to be."""
 
 
 def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, state: LoopState, folder: Path) -> float:
@@ -45,11 +51,13 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
     shutil.copytree(publisher.folder, temporary)
 
     problems = task.heldout_problems(config.evaluation.num_final_problems)
-    probes, gap = record_probes(parts, problems, config.export.probe_tokens, state.weight_version)
-    write_probes(temporary / PROBES_FILE, probes)
-
     greedy = Sampling(sampling.max_tokens, 0.0, stop_token_ids=sampling.stop_token_ids)
     responses = sample(publisher.engine, task, problems, 1, greedy)
+    source_model = Path(config.model.path).name
+    seed = PROBE_SEED + config.loop.seed
+    probes, gap = record_probes(parts, profile, problems, responses, state.weight_version, source_model, seed)
+    write_probes(temporary / PROBES_FILE, probes)
+
     rewards = response_rewards(task, problems, [response.tokens for response in responses])
     solved = solved_share(rewards)
     write_atomically(temporary / TASK_SAMPLE_FILE, task_sample(task, problems, rewards))
@@ -57,9 +65,9 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
         temporary,
         profile=profile,
         weight_version=state.weight_version,
-        source_model=Path(config.model.path).name,
-        floor=state.floor.mean,
-        tolerance=state.tolerance,
+        source_model=source_model,
+        floor=state.served_floor,
+        tolerance=state.served_tolerance,
         sampling=SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids),
         final_gap=gap,
         # No reward judged the held-out problems: there is no accuracy to record.
@@ -72,27 +80,52 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
     return solved
 
 
-def record_probes(parts: Parts, problems: list[Problem], num_tokens: int, weight_version: int) -> tuple[ProbeSet, float]:
-    """Golden probes: what the deployed policy says to held-out prompts, with the learner's log-prob of every token.
+def record_probes(
+    parts: Parts,
+    profile: TargetProfile,
+    problems: Sequence[Problem],
+    greedy: Sequence[Generation],
+    weight_version: int,
+    source_model: str,
+    seed: int,
+) -> tuple[ProbeSet, float]:
+    """Golden probes of every kind: what the deployed policy says to held-out prompts, and what the learner says about every token.
 
-    Returns the probes and the mean abs(p_learner - p_engine) on them, as this engine measures it.
+    `greedy` are its most probable responses to `problems`. Returns the probes and the mean abs(p_learner - p_engine) on the policy's
+    samples, as this engine measures it.
     """
-    sampling = parts.sampling
-    probes: list[Probe] = []
-    gaps: list[np.ndarray] = []
-    count, batch = 0, 0
-    while count < num_tokens:
+    sampling, learner, folder = parts.sampling, parts.learner, parts.publisher.folder
+    config = learner.policy.lm.config.get_text_config()
+    sampled: list[Generation] = []
+    batch = 0
+    while (enough := enough_policy(profile.probes, [generation.sequence for generation in sampled])) is None:
         start = batch * NUM_PROBE_PROMPTS % len(problems)
-        seeded = Sampling(sampling.max_tokens, sampling.temperature, PROBE_SEED + batch, sampling.stop_token_ids)
-        generations = sample(parts.publisher.engine, parts.task, problems[start : start + NUM_PROBE_PROMPTS], 1, seeded)
-        sequences = [g.sequence for g in generations]
-        scores = parts.learner.score(sequences, routes=[g.routes for g in generations])
-        for sequence, generation, score in zip(sequences, generations, scores, strict=True):
-            probes.append(Probe(sequence, score.logps.astype(np.float32), score.greedy_tokens.astype(np.int32)))
-            gaps.append(probability_gap(score.logps, generation.logps))
-            count += len(generation.tokens)
+        seeded = Sampling(sampling.max_tokens, sampling.temperature, seed + SEEDS_APART * batch, sampling.stop_token_ids)
+        sampled += sample(parts.publisher.engine, parts.task, problems[start : start + NUM_PROBE_PROMPTS], 1, seeded)
         batch += 1
-    return ProbeSet(tuple(probes), sampling.temperature, weight_version), float(np.nanmean(np.concatenate(gaps)))
+    sampled = sampled[:enough]
+    vocabulary = read_vocabulary(folder / TOKENIZER_FILE)
+    probes = make_probes(
+        profile.probes,
+        learner,
+        [generation.sequence for generation in sampled],
+        [generation.sequence for generation in greedy],
+        max_len=max_tokens(profile, {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}),
+        ordinary_ids=vocabulary.ordinary_ids,
+        seed=seed,
+        routes={generation.sequence: generation.routes for generation in (*sampled, *greedy) if generation.routes is not None},
+    )
+    probe_set = ProbeSet(
+        probes,
+        sampling.temperature,
+        weight_version,
+        learner_dtype=learner.compute_dtype,
+        source_model=source_model,
+        vocab_size=int(config.vocab_size),
+        vocabulary_sha256=vocabulary.sha256,
+    )
+    gaps = [token_gap(probe.learner_logps, said.logps) for probe, said in zip(probe_set.of_kind("policy").probes, sampled, strict=True)]
+    return probe_set, float(np.nanmean(np.concatenate(gaps)))
 
 
 def task_sample(task: Task, problems: list[Problem], rewards: NDArray[np.float32]) -> bytes:

@@ -73,7 +73,8 @@ class TrainSequence:
     `tokens`: int32 [num_tokens]; `engine_logp`: float32 [num_tokens], NaN where the engine gave none; `learner_old_logp`:
     float32 [num_tokens], the learner's log-probs under the weights the engine served, or None when those are still the
     learner's own (on-policy: the update takes them from its own forward pass). `loss_scale`: by what the policy loss of its tokens
-    counts (`losses.response_scales`). `routes`: as `Generation` has them.
+    counts (`losses.response_scales`). `routes`: as `Generation` has them. `group_cost`: what a centred advantage side takes from the
+    cost of each token (`signals.group_costs`).
     """
 
     prompt: tuple[int, ...]
@@ -82,6 +83,7 @@ class TrainSequence:
     advantage: float
     learner_old_logp: NDArray[np.float32] | None = None
     loss_scale: float = 1.0
+    group_cost: float = 0.0
     routes: NDArray[np.int16] | None = None
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 SHORT_RUN = (
     "loop.num_steps=4", "loop.prompts_per_step=8", "loop.samples_per_prompt=4", "loop.max_response_tokens=8",
     "constraint.floor_tokens=256", "evaluation.every_steps=2", "evaluation.num_problems=32", "evaluation.num_final_problems=64",
-    "checkpoint.every_steps=2", "export.probe_tokens=512",
+    "checkpoint.every_steps=2",
 )  # fmt: skip
 """Settings of a run that takes seconds."""
 

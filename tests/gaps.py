@@ -12,7 +12,14 @@ Numbers = Sequence[float] | np.ndarray
 
 
 def make_gap(
-    learner_p: Numbers, engine_p: Numbers, *, num_sequences: int = 10, agrees: Numbers | None = None, nonfinite: Sequence[int] = (0,)
+    learner_p: Numbers,
+    engine_p: Numbers,
+    *,
+    num_sequences: int = 10,
+    agrees: Numbers | None = None,
+    nonfinite: Sequence[int] = (0,),
+    fp32_p: Numbers | None = None,
+    entropy: Numbers | None = None,
 ) -> Gap:
     """Tokens of the given probabilities in `num_sequences` sequences of equal length; `nonfinite` more in the first, the second, ..."""
     count = len(learner_p)
@@ -29,6 +36,8 @@ def make_gap(
         position=np.arange(count) % per_sequence,
         nonfinite=dropped,
         scored=np.bincount(sequence, minlength=num_sequences) + dropped,
+        fp32_logps=None if fp32_p is None else np.log(np.asarray(fp32_p, float)),
+        entropy=None if entropy is None else np.asarray(entropy, float),
     )
 
 

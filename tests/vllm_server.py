@@ -35,7 +35,7 @@ def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str) 
         str(port),
         "--enforce-eager",
         "--max-model-len",
-        "64",
+        str(profile.max_model_len),
         "--kv-cache-memory-bytes",
         str(2**28),
         *options,

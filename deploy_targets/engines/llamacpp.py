@@ -35,11 +35,15 @@ class LlamaCppEngine:
         """Open the artifact. Raises `ProfileError` for bad options, `ArtifactError` or `EngineError` for a bad artifact."""
         self.options = parse_options(LlamaCppOptions, options, "llamacpp")
         folder = Path(artifact_dir)
-        self._max_model_len, self._vocab_size = read_limits(folder, self.options.max_model_len)
         self._header = read_gguf(folder / GGUF_FILE)
-        embedding = self._header.tensors.get("token_embd.weight", ("", (0,), 0, 0))[1]
-        if embedding[0] != self._vocab_size:
-            raise ArtifactError(f"{GGUF_FILE} has {embedding[0]} token embeddings, config.json says vocab_size {self._vocab_size}")
+        num_embeddings = self._header.num_embeddings
+        if (folder / "config.json").is_file():
+            self._max_model_len, self._vocab_size = read_limits(folder, self.options.max_model_len)
+        else:  # a file by itself, as other tools leave it
+            self._max_model_len = min(self.options.max_model_len, self._header.context_length or self.options.max_model_len)
+            self._vocab_size = num_embeddings
+        if num_embeddings != self._vocab_size:
+            raise ArtifactError(f"{GGUF_FILE} has {num_embeddings} token embeddings, config.json says vocab_size {self._vocab_size}")
         self._num_batches = self.options.num_batches()
         self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="llamacpp-batch")
         self._model: Model | None = None

@@ -38,14 +38,14 @@ class Graph:
     head_dim: int
     context_length: int
     vocab_size: int
-    layout: Layout
+    layout: Layout | None
+    """None where the graph brings its weights in files of its own, as the builder leaves it: they cannot be swapped."""
 
     @classmethod
     def of(cls, artifact_dir: Path) -> Graph:
         """Read `genai_config.json` and the header of the weights file. Raises `ArtifactError` where one is missing or unreadable."""
-        for name in (GRAPH_FILE, WEIGHTS_FILE):
-            if not (artifact_dir / name).is_file():
-                raise ArtifactError(f"{artifact_dir} is not an ONNX artifact: {name} is missing")
+        if not (artifact_dir / GRAPH_FILE).is_file():
+            raise ArtifactError(f"{artifact_dir} is not an ONNX artifact: {GRAPH_FILE} is missing")
         try:
             model = json.loads((artifact_dir / "genai_config.json").read_text("utf-8"))["model"]
             decoder = model["decoder"]
@@ -59,7 +59,7 @@ class Graph:
                 head_dim=decoder["head_size"],
                 context_length=model["context_length"],
                 vocab_size=model["vocab_size"],
-                layout=read_layout(artifact_dir / WEIGHTS_FILE),
+                layout=read_layout(artifact_dir / WEIGHTS_FILE) if (artifact_dir / WEIGHTS_FILE).is_file() else None,
             )
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(f"{artifact_dir} is not an ONNX artifact of onnxruntime-genai's builder: {error!r}") from error
@@ -67,11 +67,12 @@ class Graph:
     def session(self, weights: Path, provider: str, num_threads: int) -> tuple[ort.InferenceSession, Any]:
         """A session over this graph with the weights of another file, and what must live as long as the session.
 
-        The file is mapped, not read. Raises `EngineError` naming every tensor that is missing, unknown or of another
-        shape or dtype than the graph's.
+        The file is mapped, not read; a graph that brings its own weights keeps them. Raises `EngineError` naming every tensor that is
+        missing, unknown or of another shape or dtype than the graph's, or every input that only other graphs have.
         """
-        check_layout(self.layout, weights)
-        values = _mapped(weights)
+        if self.layout is not None:
+            check_layout(self.layout, weights)
+        values = {} if self.layout is None else _mapped(weights)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -86,6 +87,12 @@ class Graph:
         if provider not in session.get_providers():
             # onnxruntime only logs that a provider's libraries did not load, and goes on with the CPU.
             raise EngineError(f"onnxruntime could not start {provider} and fell back to the CPU; install its libraries (CUDA, cuDNN)")
+        unknown = {value.name for value in session.get_inputs()} ^ {"input_ids", "attention_mask", *self.past_names}
+        if unknown:
+            raise EngineError(
+                f"{self.path} takes other inputs than the graphs that are served here, which have GroupQueryAttention and no positions: "
+                f"{', '.join(sorted(unknown))}. Build it with onnxruntime-genai's builder, -e cpu or -e cuda"
+            )
         return session, values
 
     def cache_dtype(self, session: ort.InferenceSession) -> np.dtype[Any]:

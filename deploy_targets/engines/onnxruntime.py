@@ -46,7 +46,11 @@ class OnnxRuntimeEngine:
         self._num_batches = max(1, num_threads // self.options.threads_per_batch)
         self._pool = ThreadPoolExecutor(self._num_batches, thread_name_prefix="onnxruntime-batch")
         self._closed = False
-        self.update(WeightFile(Path(artifact_dir) / WEIGHTS_FILE, weight_version))
+        self._serve(WeightFile(Path(artifact_dir) / WEIGHTS_FILE, weight_version))
+
+    def _serve(self, weights: WeightFile) -> None:
+        self._session, self._weights = self.graph.session(weights.path, self.options.execution_provider, self.options.threads_per_batch)
+        self.weight_version = weights.weight_version
 
     def update(self, weights: WeightFile) -> int:
         """Serve another version: a new session over the same graph and the mapped file. The old one serves until the new one stands.
@@ -54,8 +58,9 @@ class OnnxRuntimeEngine:
         Raises `EngineError` naming each tensor that does not fit; the engine then still serves the old version.
         """
         self._check_open()
-        self._session, self._weights = self.graph.session(weights.path, self.options.execution_provider, self.options.threads_per_batch)
-        self.weight_version = weights.weight_version
+        if self.graph.layout is None:
+            raise EngineError(f"{self.graph.path} brings its own weights, which cannot be swapped; nothing was changed")
+        self._serve(weights)
         return self.weight_version
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy_targets.engines.requests import check_layout, read_layout
+from deploy_targets.engines.requests import check_layout, folder_layout
 from deploy_targets.errors import EngineError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -27,7 +27,7 @@ class RebuildingEngine:
             (artifact_dir / name for name in WEIGHTS_FILES if (artifact_dir / name).is_file()), artifact_dir / WEIGHTS_FILE
         )
         # A format of its own is checked by the engine that opens it.
-        self._layout = read_layout(self._weights) if self._weights.name == WEIGHTS_FILE else None
+        self._layout = folder_layout(artifact_dir) if self._weights.name == WEIGHTS_FILE else None
         self._engine: Engine | None = open_engine(artifact_dir, weight_version)
         self.weight_version = weight_version
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy_targets.errors import ArtifactError, EngineError, ProfileError, UsageError
 from deploy_targets.profile import validation_lines
-from deploy_targets.types import TokenSequence
+from deploy_targets.types import WEIGHTS_FILE, TokenSequence
 from deploy_targets.weights_file import tensor_layout
 
 
@@ -108,6 +108,14 @@ def read_layout(path: Path) -> Layout:
         return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensor_layout(path).items()}
     except (OSError, ValueError, KeyError, MemoryError) as error:
         raise EngineError(f"{path} cannot be read as a safetensors file: {error!r}") from error
+
+
+def folder_layout(folder: Path) -> Layout:
+    """What the weights of a folder hold, in one safetensors file or, as other tools write them, in shards. Raises as `read_layout`."""
+    files = [folder / WEIGHTS_FILE]
+    if not files[0].is_file():
+        files = sorted(folder.glob("*.safetensors")) or files
+    return {name: entry for file in files for name, entry in read_layout(file).items()}
 
 
 def check_layout(expected: Layout, path: Path) -> None:

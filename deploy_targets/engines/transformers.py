@@ -17,8 +17,8 @@ from safetensors import safe_open
 from deploy_targets.engines.requests import (
     check_layout,
     check_sequences,
+    folder_layout,
     parse_options,
-    read_layout,
     read_limits,
     response_limits,
 )
@@ -28,7 +28,7 @@ from deploy_targets.errors import DeployTargetsError, EngineError
 from deploy_targets.families import routes_problem
 from deploy_targets.routers import find_routers
 from deploy_targets.saved_names import saved_views
-from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
 if TYPE_CHECKING:
     from deploy_targets.engines.bitsandbytes_layers import QuantizedLayers
@@ -43,7 +43,7 @@ class TransformersEngine:
         """Load the folder. Raises `ProfileError` for wrong options and `EngineError` when it cannot be loaded."""
         self._options = parse_options(TransformersOptions, options, "transformers")
         self._max_model_len, self._vocab_size = read_limits(artifact_dir, self._options.max_model_len)
-        self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
+        self._layout = folder_layout(artifact_dir)
         self.weight_version = weight_version
         device = self._options.device
         with _failures(f"find the device {device!r}"):

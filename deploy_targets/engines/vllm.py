@@ -21,14 +21,14 @@ from safetensors import safe_open
 from deploy_targets.engines.requests import (
     check_layout,
     check_sequences,
+    folder_layout,
     parse_options,
-    read_layout,
     read_limits,
     response_limits,
 )
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import EngineError, UsageError
-from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
+from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
 
 
 class VllmEngine:
@@ -38,7 +38,7 @@ class VllmEngine:
         """Load the folder. Raises `ProfileError` for wrong options and `EngineError` when vLLM cannot serve it."""
         self._options = parse_options(VllmOptions, options, "vllm")
         self._max_model_len, self._vocab_size = read_limits(artifact_dir, self._options.max_model_len)
-        self._layout = read_layout(artifact_dir / WEIGHTS_FILE)
+        self._layout = folder_layout(artifact_dir)
         self.weight_version = weight_version
         # In-process engine core: weights and log-probs cross no process border within vLLM, and torch.manual_seed reaches the sampler.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

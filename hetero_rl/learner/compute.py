@@ -11,11 +11,14 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from deploy_targets.errors import UsageError
 
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
+_16_BITS = (torch.bfloat16, torch.float16)
 CLEARLY_FASTER = 1.5
 """bf16 products must be this much faster before their coarser rounding is taken; a margin, so that noise decides nothing."""
 
@@ -80,6 +83,42 @@ class FollowingLinear(nn.Linear):
         """X @ W.T + b."""
         bias: Tensor | None = self.bias
         return nn.functional.linear(input, self.active_weight().to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+class Float32Arithmetic(TorchFunctionMode):
+    """Inside this context everything is computed in float32, from weights that stay in 16 bits: each is widened where it is used.
+
+    For measuring: no gradient, and no second copy of the model. It knows no layer by name, so it holds for every family.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func` with float32 in place of every 16-bit tensor and dtype."""
+        kwargs = kwargs or {}
+        name = str(getattr(func, "__name__", ""))
+        if name in _MOVES or (name.endswith("_") and not name.endswith("__")) or (name == "to" and not _names_dtype(args, kwargs)):
+            return func(*args, **kwargs)
+        if func is nn.functional.embedding:  # the rows alone: a table may hold most of a small model's weights
+            return func(*args, **kwargs).float()
+        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+
+
+_MOVES = frozenset({
+    "__get__", "__set__", "__delete__", "__getitem__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__",
+    "chunk", "clone", "contiguous", "cpu", "cuda", "detach", "empty", "empty_like", "expand", "flatten", "narrow", "new_empty", "permute",
+    "reshape", "split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+})  # fmt: skip
+"""Calls that read, change or move a tensor itself and compute nothing; so do those whose name ends in "_". What they are given stays as
+it is: a changed copy would be lost, and DeepSpeed, whose ZeRO-3 hooks run in here too, would put widened weights in the model's place."""
+
+
+def _names_dtype(args: Any, kwargs: Any) -> bool:
+    return "dtype" in kwargs or any(isinstance(value, torch.dtype | Tensor) for value in args[1:])
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _16_BITS else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in _16_BITS else value
 
 
 def _to_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from deploy_targets.errors import UsageError
 from deploy_targets.protocols import Quantizer
 from deploy_targets.quantizers.kv_cache import CacheRounding
 from deploy_targets.saved_names import saved_views
-from deploy_targets.types import TokenSequence
-from hetero_rl.algorithm.kinds import PAIRED
+from deploy_targets.types import Sampling, TokenSequence
+from hetero_rl.algorithm.discrepancy import token_gap
+from hetero_rl.algorithm.kinds import PAIRED, AdvantageForm
 from hetero_rl.algorithm.losses import response_scales
+from hetero_rl.algorithm.signals import group_costs
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.errors import DivergedError
 from hetero_rl.learner.attention import follows_cache_rounding, follows_packing, register
@@ -27,9 +29,10 @@ from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Routes, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
 from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
+from hetero_rl.learner.describe import Description, describe
 from hetero_rl.learner.fake_quant import add_twin, random_errors
+from hetero_rl.learner.generate import generate_responses
 from hetero_rl.learner.gram import input_grams
-from hetero_rl.learner.greedy import greedy_responses
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
@@ -137,6 +140,17 @@ class Learner:
                     scores[index] = LearnerScores(logps, greedy)
         return [scores[index] for index in range(len(sequences))]
 
+    def describe(self, sequences: Sequence[TokenSequence], *, routes: Sequence[Routes | None] = ()) -> list[Description]:
+        """What the current weights say about the response tokens, in full and in two precisions: `score`, for golden probes."""
+        prompts = [sequence.tokens[: sequence.prompt_len] for sequence in sequences]
+        responses = [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
+
+        def forward(batch: MicroBatch, num_top: int) -> TokenStats:
+            return self._forward(batch, as_twin=self._as_twin, num_top=num_top)
+
+        batches = self._micro_batches(prompts, responses, routes if self.algorithm.routing_replay else ())
+        return describe(forward, batches, is_float32=self.compute_dtype == "float32")
+
     def update(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """`updates_per_rollout` optimizer steps on one batch of rollouts.
 
@@ -146,8 +160,11 @@ class Learner:
         """
         check_routes([sequence.routes for sequence in sequences], self.policy.routers, replay=self.algorithm.routing_replay)
         num_updates = self.config.updates_per_rollout
-        if num_updates > 1:
+        centered = self.constraint.signal == "advantage" and self.constraint.advantage_form.endswith("centered")
+        if num_updates > 1 or centered:
             sequences = self._with_old_logp(sequences)
+        if centered:
+            sequences = with_group_costs(sequences, self.constraint.advantage_form)
         share = math.ceil(len(sequences) / num_updates)
         steps = [self._step(sequences[start : start + share], multiplier) for start in range(0, len(sequences), share)]
         return UpdateStats(
@@ -203,8 +220,8 @@ class Learner:
             filled[i] = replace(sequences[i], learner_old_logp=score.logps)
         return filled
 
-    def _forward(self, batch: MicroBatch, beside: Beside = NOTHING, *, as_twin: bool = False) -> TokenStats:
-        stats: TokenStats = self._engine(batch, self.temperature, beside=beside, as_twin=as_twin)
+    def _forward(self, batch: MicroBatch, beside: Beside = NOTHING, *, as_twin: bool = False, num_top: int = 0) -> TokenStats:
+        stats: TokenStats = self._engine(batch, self.temperature, beside=beside, as_twin=as_twin, num_top=num_top)
         return stats
 
     def _micro_batches(
@@ -224,7 +241,8 @@ class Learner:
 
     def greedy_responses(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_token_ids: Sequence[int]) -> list[list[int]]:
         """Greedy continuations by the bf16 weights, stop token included, in order."""
-        return greedy_responses(self.policy.lm, prompts, max_tokens, stop_token_ids, self.config.tokens_per_micro_batch, self.device)
+        sampling = Sampling(max_tokens, temperature=0.0, stop_token_ids=tuple(stop_token_ids))
+        return generate_responses(self.policy.lm, prompts, sampling, self.config.tokens_per_micro_batch, self.device)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The bf16 weights as a saved checkpoint has them (`saved_views`), one at a time; under ZeRO-3 each is gathered and let go."""
@@ -301,3 +319,10 @@ class Learner:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def with_group_costs(sequences: Sequence[TrainSequence], form: AdvantageForm) -> list[TrainSequence]:
+    """Fill in what a centred advantage side takes from the cost of each token; the responses to one prompt are a group."""
+    costs = [token_gap(old, sequence.engine_logp) for sequence in sequences if (old := sequence.learner_old_logp) is not None]
+    found = group_costs(form, costs, [sequence.prompt for sequence in sequences])
+    return [replace(sequence, group_cost=cost) for sequence, cost in zip(sequences, found, strict=True)]

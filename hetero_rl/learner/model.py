@@ -14,8 +14,11 @@ from deploy_targets.preflight import model_shapes
 from deploy_targets.saved_names import saved_views
 
 
-def load_causal_lm(model_dir: Path) -> Any:
-    """A transformers causal LM in bf16 from a local folder; safetensors only, no code from the model is run."""
+def load_causal_lm(model_dir: Path, dtype: torch.dtype | str = torch.bfloat16) -> Any:
+    """A transformers causal LM from a local folder, in bf16 or another `dtype` (`auto`: the stored one).
+
+    Safetensors only, no code from the model is run. Raises `UsageError` where transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from hetero_rl.learner import attention
@@ -23,12 +26,12 @@ def load_causal_lm(model_dir: Path) -> Any:
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             model_dir,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             attn_implementation="sdpa" if torch.cuda.is_available() else attention.register(),
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise UsageError(f"transformers cannot load {model_dir} as a causal language model: {error}") from error
     lm.generation_config = GenerationConfig()  # a hub model may bring a repetition penalty, which no engine here applies
     for module in lm.modules():

@@ -68,14 +68,16 @@ def objective(
     scale = batch.flatten([np.full(len(sequence.tokens), sequence.loss_scale) for sequence in sequences], device)
     known = [sequence.learner_old_logp for sequence in sequences]
     old_logp = stats.logp.detach() if known[batch.indices[0]] is None else batch.flatten([a for a in known if a is not None], device)
-    gap = split_gap(stats.logp.detach(), old_logp, engine_logp)
+    segments = Segments.of(batch.lengths, device)
+    gap = split_gap(stats.logp.detach(), old_logp, engine_logp, segments, constraint.measure, constraint.aggregation)
 
     mask = torch.isfinite(engine_logp)
     engine_logp = torch.where(mask, engine_logp, old_logp)
-    segments = Segments.of(batch.lengths, device)
     weight = correction_weights(algorithm.correction, old_logp, engine_logp, mask, segments, algorithm.correction_bounds)
     if constraint.signal == "advantage":
-        advantage = signals.advantage_side(advantage, stats.logp, engine_logp, multiplier)
+        own_cost = signals.advantage_cost(constraint.advantage_form, old_logp, engine_logp, mask, segments)
+        group_cost = batch.flatten([np.full(len(sequence.tokens), sequence.group_cost) for sequence in sequences], device)
+        advantage = signals.advantage_side(advantage, own_cost, group_cost, multiplier)
     each = (stats.logp, old_logp, engine_logp, advantage, weight)
     token_loss, clipped = policy_loss(algorithm.loss, *each, mask, segments, algorithm.clip)
     if stats.mean_score is not None:

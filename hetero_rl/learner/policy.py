@@ -23,7 +23,8 @@ class TokenStats(NamedTuple):
     """Per response token: `logp`, with gradient; `entropy` and `greedy`, without; where asked, `twin_cost` and `mean_score`, with gradient.
 
     float32 [num_tokens] in nats, `greedy` int64 [num_tokens]. `router_agreement`, where the batch has routes: of the token that
-    predicts it, the share of layers whose router chose the engine's experts.
+    predicts it, the share of layers whose router chose the engine's experts. Where asked, the most probable tokens, falling and without
+    gradient: `top_ids` int64 [num_tokens, k], `top_logps` float32 [num_tokens, k].
     """
 
     logp: Tensor
@@ -32,6 +33,8 @@ class TokenStats(NamedTuple):
     twin_cost: Tensor | None = None
     mean_score: Tensor | None = None
     router_agreement: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logps: Tensor | None = None
 
 
 class Beside(NamedTuple):
@@ -70,8 +73,10 @@ class Policy(nn.Module):
         self.chunk_elements = chunk_elements
         self.cache_rounding = cache_rounding
 
-    def forward(self, batch: MicroBatch, temperature: float, beside: Beside = NOTHING, as_twin: bool = False) -> TokenStats:
-        """Statistics of the response tokens of `batch`, at the rollout temperature.
+    def forward(
+        self, batch: MicroBatch, temperature: float, beside: Beside = NOTHING, as_twin: bool = False, num_top: int = 0
+    ) -> TokenStats:
+        """Statistics of the response tokens of `batch`, at the rollout temperature; with the `num_top` most probable tokens of each.
 
         `as_twin` runs the fake-quantized twin in place of the learner; `beside` asks for what needs the other of the two as well (a
         second forward pass, with a backward pass for the grey box alone).
@@ -86,7 +91,7 @@ class Policy(nn.Module):
         parts = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            arguments = (hidden[part], None if other is None else other[part], targets[part], temperature, beside, as_twin)
+            arguments = (hidden[part], None if other is None else other[part], targets[part], temperature, beside, as_twin, num_top)
             # One chunk keeps its logits for the backward pass; several would keep all of them, so they are recomputed.
             keep = len(targets) <= chunk or not torch.is_grad_enabled()
             parts.append(self._token_stats(*arguments) if keep else checkpoint(self._token_stats, *arguments, use_reentrant=False))
@@ -111,7 +116,7 @@ class Policy(nn.Module):
         return logits if temperature == 1.0 else logits / temperature
 
     def _token_stats(
-        self, hidden: Tensor, other: Tensor | None, targets: Tensor, temperature: float, beside: Beside, as_twin: bool
+        self, hidden: Tensor, other: Tensor | None, targets: Tensor, temperature: float, beside: Beside, as_twin: bool, num_top: int
     ) -> TokenStats:
         logits = self._logits(hidden, temperature, as_twin)
         logp_all = torch.log_softmax(logits, dim=-1)
@@ -120,6 +125,9 @@ class Policy(nn.Module):
             entropy = -(logp_all.exp() * logp_all).sum(dim=-1)
             greedy = logits.argmax(dim=-1)
         stats = TokenStats(logp, entropy, greedy)
+        if num_top:
+            top = logp_all.detach().topk(min(num_top, logp_all.shape[-1]), dim=-1)
+            stats = stats._replace(top_ids=top.indices, top_logps=top.values)
         if other is None:
             return stats
         other_logp = torch.log_softmax(self._logits(other, temperature, not as_twin), dim=-1)

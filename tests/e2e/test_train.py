@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from deploy_targets.manifest import read_manifest
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import METRICS, read_metrics
 from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
@@ -91,8 +92,8 @@ def test_verify_deploy(run: Path, tmp_path: Path) -> None:
     assert {"mean", "p99", "max", "interval"} <= set(report["gap"])
     assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"])
     assert report["gap"]["num_tokens"] >= 512
-    assert report["measured"] == {"probes": report["gap"]["num_sequences"], "num_probes": report["gap"]["num_sequences"],
-                                  "problems": 64, "num_problems": 64, "stopped": ""}  # fmt: skip
+    num_probes = report["gap"]["num_sequences"] + sum(kind["gap"]["num_sequences"] for kind in report["other_kinds"].values())
+    assert report["measured"] == {"probes": num_probes, "num_probes": num_probes, "problems": 64, "num_problems": 64, "stopped": ""}
     assert (report["task_paired"]["num_pairs"], report["task_paired"]["lost"] + report["task_paired"]["gained"] <= 2) == (64, True)
     for measured in report["measures"].values():
         assert measured["value"] is None or measured["low"] <= measured["value"] <= measured["high"]
@@ -227,6 +228,20 @@ def test_every_signal_runs(signal_name: str, tmp_path: Path) -> None:
     assert (row["constraint/lambda"] > 0) is (signal_name != "off")
 
 
+def test_a_constraint_in_another_measure(tmp_path: Path) -> None:
+    """The run is held by a KL over responses; its artifact is verified by abs(dp), to a bound as many floors away."""
+    chosen = ("constraint.measure=k3", "constraint.aggregation=response", "constraint.tolerance=1.2", "constraint.signal=advantage")
+    settings = with_settings(*SHORT_RUN, *chosen, "constraint.advantage_form=response_centered", "loop.publish_gate=3.0")
+    result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, *_, last = read_metrics(tmp_path / "run")
+    assert last["constraint/tolerance"] == pytest.approx(1.2 * first["constraint/floor"])
+    assert 0.2 < last["constraint/engine_gap"] / last["constraint/kl_k3"] < 5
+    manifest = read_manifest(tmp_path / "run" / "artifact")
+    assert manifest.floor > 3 * first["constraint/floor"]
+    assert manifest.tolerance == pytest.approx(1.2 * manifest.floor)
+
+
 def test_several_updates_and_rare_publishes(tmp_path: Path) -> None:
     settings = with_settings(*SHORT_RUN, "loop.publish_every=2", "learner.updates_per_rollout=2")
     result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
@@ -234,6 +249,20 @@ def test_several_updates_and_rare_publishes(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "run")
     assert [row["weights/version"] for row in rows[1:]] == [0, 0, 1, 1]
     assert rows[2]["constraint/staleness_gap"] > 0
+
+
+def test_one_step_off_lags_by_one_update_and_resumes_exactly(tmp_path: Path) -> None:
+    settings = with_settings(*SHORT_RUN, "loop.schedule=one_step_off", "checkpoint.every_steps=2")
+    result = hetero_rl("train", "--target", "int4-onnx", *settings, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["weights/version"] for row in rows[1:]] == [0, 0, 2, 2], "the step after a checkpoint samples for itself"
+    assert [row["constraint/staleness_gap"] > 0 for row in rows[1:]] == [False, True, False, True]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    shutil.rmtree(tmp_path / "run" / "artifact")
+    resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [exact(row) for row in read_metrics(tmp_path / "run")] == [exact(row) for row in rows]
 
 
 def test_dataset_and_reward_from_outside(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_verify_deploy_asks_the_server_that_runs(run: Path, server: str, tmp_pat
     assert hetero_rl("verify-deploy", "out.tar.zst", "--json", "own.json", cwd=tmp_path).returncode == 0
     report, own = (json.loads((tmp_path / name).read_text()) for name in ("server.json", "own.json"))
     assert report["engine"]["versions"]["vllm"] == vllm_version()
-    assert report["engine"]["server"]["max_model_len"] == 64
+    assert report["engine"]["server"]["max_model_len"] == load_profile("int4-vllm").max_model_len
     assert report["artifact_sha256"] == own["artifact_sha256"]
     assert report["gap"]["num_tokens"] == own["gap"]["num_tokens"]
     assert report["gap"]["mean"] == pytest.approx(own["gap"]["mean"], rel=0.1)

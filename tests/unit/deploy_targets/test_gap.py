@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from deploy_targets.gap import MEASURES, Gap
-from deploy_targets.probes import Probe
+from deploy_targets.probes import LearnerDetails, Probe
 from deploy_targets.types import TokenScores, TokenSequence
 from hetero_rl.algorithm import discrepancy
 from hetero_rl.algorithm.corrections import effective_share
@@ -155,6 +156,50 @@ def test_slices_by_learner_probability() -> None:
     ]  # fmt: skip
     assert all(part.abs_log_ratio.value == pytest.approx(math.log(2)) for part in slices)
     assert slices[0].abs_dp.value == pytest.approx(0.025)
+
+
+def test_slices_by_entropy() -> None:
+    entropy = np.tile([0.0, 0.005, 0.01, 0.7, 2.0, 9.0], 20)
+    slices = make_gap(np.full(120, 0.6), np.full(120, 0.5), num_sequences=20, entropy=entropy).by_entropy()
+    assert {part.label: part.num_tokens for part in slices} == {"0 to 0.01": 40, "0.01 to 0.1": 20, "0.5 to 1": 20, "2 and more": 40}
+    assert make_gap([0.5], [0.5]).by_entropy() == ()
+
+
+def test_what_the_learners_rounding_explains() -> None:
+    """Of |0.5 - 0.4| it explains 0.03; where the engine rounds as the learner does, less than nothing."""
+    p, exact, engine = np.tile([0.5, 0.3], 20), np.tile([0.47, 0.32], 20), np.tile([0.4, 0.3], 20)
+    gap = make_gap(p, engine, fp32_p=exact)
+    noise = gap.learner_noise
+    assert noise is not None
+    assert noise.abs_dp.value == pytest.approx(0.025)
+    assert noise.gap_to_fp32.value == pytest.approx((0.07 + 0.02) / 2)
+    assert noise.explained.value == pytest.approx(value(gap, "abs_dp_mean") - (0.07 + 0.02) / 2)
+    assert noise.explained.num_sequences == 10
+    assert make_gap(p, engine).learner_noise is None
+
+
+def test_rounding_of_one_side_alone_explains_part_of_the_gap() -> None:
+    learner = np.clip(LEARNER + RNG.normal(0, 0.01, 300), 1e-3, 1)
+    noise = make_gap(learner, np.clip(LEARNER + RNG.normal(0, 0.01, 300), 1e-3, 1), fp32_p=LEARNER).learner_noise
+    assert noise is not None
+    assert noise.explained.low is not None
+    assert noise.abs_dp.value is not None
+    assert 0 < noise.explained.low < 0.01 * math.sqrt(2 / math.pi) * (math.sqrt(2) - 1) * 2 < noise.abs_dp.value
+
+
+def test_fp32_log_probs_and_entropy_of_tokens_that_are_not_finite_are_left_out() -> None:
+    probes, scores = [], []
+    for tokens, engine in (((1, 2, 3), (-1.0, np.nan)), ((1, 4), (-2.0,))):
+        count = len(tokens) - 1
+        own = np.arange(1, count + 1, dtype=np.float32)
+        details = LearnerDetails(-own, own + 10, np.zeros((count, 1), np.int32), np.zeros((count, 1), np.float32))
+        probes.append(Probe(TokenSequence(tokens, 1), -own, np.zeros(count, np.int32), details=details))
+        scores.append(TokenScores(np.array(engine), np.zeros(count, np.int64), 1.0, 0))
+    gap, partly = Gap.of(probes, scores), Gap.of([probes[0], replace(probes[1], details=None)], scores)
+    assert gap.fp32_logps is not None
+    assert gap.entropy is not None
+    assert (gap.fp32_logps.tolist(), gap.entropy.tolist()) == ([-1, -1], [11, 11])
+    assert partly.fp32_logps is partly.entropy is partly.learner_noise is None
 
 
 def test_a_slice_counts_the_sequences_that_have_one_of_its_tokens() -> None:

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from deploy_targets.artifact import PROBES_FILE, SamplingRecord, check_artifact, write_manifest
 from deploy_targets.errors import ArtifactError
-from deploy_targets.gguf_file import GGUF_FILE, read_gguf
+from deploy_targets.gguf_file import BLOCKS, GGUF_FILE, read_gguf
 from deploy_targets.profile import load_profile
 from deploy_targets.types import WEIGHTS_FILE
 from tests.conftest import TinyModels
@@ -173,3 +173,9 @@ def test_a_tokenizer_without_an_equal_leaves_token_ids_alone(tmp_path: Path) -> 
     (model_dir / "tokenizer.json").write_text('{"model": 3}', "utf-8")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         write(model_dir, "Q8_0", tmp_path / GGUF_FILE)
+
+
+def test_blocks_are_those_of_the_gguf_package() -> None:
+    gguf = pytest.importorskip("gguf")
+    sizes = {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    assert {index: sizes[index] for index in BLOCKS} == BLOCKS

@@ -246,6 +246,16 @@ def test_a_config_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path)
         engine_of(tmp_path)
 
 
+def test_a_file_without_a_folder_around_it_says_what_it_is(folder: Path, tmp_path: Path) -> None:
+    """As other tools leave it, without config.json: vocabulary and longest sequence are those of its metadata."""
+    (tmp_path / GGUF_FILE).write_bytes((folder / GGUF_FILE).read_bytes())
+    alone, whole = engine_of(tmp_path, max_model_len=5000, max_batch_size=1), engine_of(folder, max_model_len=5000, max_batch_size=1)
+    assert (alone._max_model_len, alone._vocab_size) == (whole._max_model_len, whole._vocab_size) == (512, 36)
+    np.testing.assert_array_equal(logps(alone), logps(whole))
+    alone.close()
+    whole.close()
+
+
 def test_a_message_of_llama_cpp_never_reaches_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     engine = engine_of(folder)
     engine.generate(PROMPTS, Sampling(max_tokens=2))

@@ -21,7 +21,7 @@ from deploy_targets.quantizers.onnx_matmulnbits import OnnxMatMulNBitsQuantizer
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenSequence, WeightFile
 from deploy_targets.weights_file import write_weights
 from tests.conftest import TinyModels
-from tests.onnx_artifacts import checkpoint, make_artifact, quantizer
+from tests.onnx_artifacts import builder_initializers, checkpoint, make_artifact, quantizer
 
 VOCAB = 36
 RAGGED = [[5, 6, 7], [9], [8, 8, 4, 30, 21, 12, 11], [5, 6, 7], [5, 6, 7], [20, 3], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
@@ -59,6 +59,36 @@ def test_the_shipped_profile_serves_through_the_catalog(artifact: Path, tiny_mod
     (generation,) = engine.generate([[5, 6]], Sampling(3))
     assert (len(generation.tokens), generation.weight_version) == (3, 12)
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def as_built(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the builder leaves, its weights in a file of its own: the same model and scheme as `artifact`."""
+    folder = tmp_path_factory.mktemp("built") / "onnx"
+    builder_initializers(tiny_models("qwen3", weight_std=0.1), folder, "int4", "cpu", "accuracy_level=0", "block_size=32")
+    return folder
+
+
+def test_a_graph_with_its_own_weights_is_served_as_it_is(as_built: Path, engine: OnnxRuntimeEngine) -> None:
+    built = OnnxRuntimeEngine(as_built, OPTIONS, weight_version=3)
+    given = sequences(engine.generate(RAGGED, Sampling(12, seed=1)))
+    for ours, theirs in zip(engine.score(given), built.score(given), strict=True):
+        np.testing.assert_array_equal(ours.logps, theirs.logps)
+    assert [g.tokens.tolist() for g in built.generate(RAGGED, Sampling(12, seed=1))] == [list(s.tokens[s.prompt_len :]) for s in given]
+    with pytest.raises(EngineError, match="cannot be swapped"):
+        built.update(WeightFile(as_built / "model.onnx.data", 4))
+    built.close()
+
+
+def test_a_graph_with_other_inputs_is_refused(as_built: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    for file in as_built.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["batch_size", "sequence_length"]))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(EngineError, match=r"takes other inputs than .*: position_ids"):
+        OnnxRuntimeEngine(tmp_path, OPTIONS, weight_version=0)
 
 
 def test_a_logit_that_is_not_finite_gives_nan_and_never_zero() -> None:

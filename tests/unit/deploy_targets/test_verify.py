@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ from deploy_targets.engines.fake import FakeEngine
 from deploy_targets.errors import ArtifactError, ProofError, UsageError
 from deploy_targets.gap import MEASURES, Gap
 from deploy_targets.gates import Report, TaskResult, judge
-from deploy_targets.probes import read_probes
+from deploy_targets.probes import Kind, LearnerDetails, Probe, ProbeSet, read_probes
 from deploy_targets.profile import GateSpec
+from deploy_targets.report import probe_sentences
 from deploy_targets.verify import Reward, gap_slices, read_task_sample, verify
 from deploy_targets.weights_file import sha256_of
 from tests.artifacts import VERSION, make_artifact
 from tests.conftest import TinyModels
 
 KEYS = [
-    "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity", "task_accuracy", "task_accuracy_at_export",
-    "task_paired", "gates", "gates_changed", "measured", "artifact_sha256", "engine", "hardware", "floor", "tolerance", "cost",
-    "generate_tokens_per_s", "seconds", "created",
+    "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity", "other_kinds", "learner",
+    "task_accuracy", "task_accuracy_at_export", "task_paired", "gates", "gates_changed", "measured", "artifact_sha256", "hashes_checked",
+    "engine", "hardware", "floor", "tolerance", "cost", "generate_tokens_per_s", "seconds", "created",
 ]  # fmt: skip
 
 
@@ -59,6 +62,86 @@ def test_the_engine_that_made_the_probes_passes_with_a_gap_of_zero(tiny_models: 
     assert report.cost.generate_tokens_per_s > 0
     learner, engine = report.gap.perplexity
     assert learner == pytest.approx(engine)
+
+
+def with_kinds(artifact: Path, kinds: Sequence[Kind], shift: float = 0.0) -> ProbeSet:
+    """The probes of `artifact`, of which the last of each kind's share are of other `kinds`, shifted in the learner's log-probs."""
+    probes = read_probes(artifact / PROBES_FILE)
+    share = len(probes.probes) // (len(kinds) + 1)
+    changed = []
+    for index, probe in enumerate(probes.probes):
+        kind = "policy" if index < share else kinds[min(index // share - 1, len(kinds) - 1)]
+        logps = probe.learner_logps if kind == "policy" else shift_probability(shift)(probe.learner_logps).astype(np.float32)
+        changed.append(replace(probe, kind=kind, learner_logps=logps))
+    return replace(probes, probes=tuple(changed))
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "pass"), (0.012, "warn"), (0.03, "fail")])
+def test_the_worst_kind_of_probe_is_held_against_the_bounds_too(
+    shift: float, verdict: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """The gap on policy samples is apart from it, and so are KL and agreement, for which the bounds are made."""
+    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=60)
+    engine = FakeEngine(tmp_path / "a", {}, VERSION)
+    report = verify(tmp_path / "a", engine, manifest, with_kinds(tmp_path / "a", ("greedy", "long"), shift))
+    gates = {gate.name: gate for gate in report.gates}
+    assert (gates["gap_mean"].verdict, gates["gap_kinds"].verdict, report.verdict) == ("pass", verdict, verdict)
+    assert gates["gap_kinds"].value == pytest.approx(shift / 0.01, rel=0.05, abs=1e-3)
+    assert report.gap.num_sequences == 20
+    assert {kind: gap.num_sequences for kind, gap in report.other_kinds.items()} == {"greedy": 20, "long": 20}
+    assert set(report.to_json()["other_kinds"]) == {"greedy", "long"}
+    assert any("Mean gap on other probes: greedy" in sentence for sentence in probe_sentences(report))
+
+
+def test_a_kind_with_too_few_tokens_decides_nothing(tiny_models: TinyModels, tmp_path: Path) -> None:
+    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=21)
+    probes = with_kinds(tmp_path / "a", ("greedy", "long", "rare"), 0.5)
+    report = verify(tmp_path / "a", FakeEngine(tmp_path / "a", {}, VERSION), manifest, replace(probes, probes=probes.probes * 3))
+    assert report.gap.num_tokens >= 200
+    few = replace(probes, probes=tuple(p for p in probes.probes * 3 if p.kind == "policy") + probes.of_kind("rare").probes)
+    report = verify(tmp_path / "a", FakeEngine(tmp_path / "a", {}, VERSION), manifest, few)
+    assert report.other_kinds["rare"].num_tokens < 200
+    assert "gap_kinds" not in {gate.name for gate in report.gates}
+    assert report.verdict == "pass"
+
+
+def test_non_finite_log_probs_of_every_kind_count(tiny_models: TinyModels, tmp_path: Path) -> None:
+    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=60)
+    engine = FakeEngine(tmp_path / "a", {"nan_logps": 0.3}, VERSION)
+    report = verify(tmp_path / "a", engine, manifest, with_kinds(tmp_path / "a", ("greedy", "long")))
+    counts = [report.gap.num_nonfinite, *(gap.num_nonfinite for gap in report.other_kinds.values())]
+    assert min(counts) > 0
+    gate = next(gate for gate in report.gates if gate.name == "nonfinite_share")
+    assert gate.detail.startswith(f"{sum(counts)} of")
+    assert gate.verdict == "fail"
+
+
+def test_the_learners_own_noise_is_reported(tiny_models: TinyModels, tmp_path: Path) -> None:
+    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=60)
+    probes = read_probes(tmp_path / "a" / PROBES_FILE)
+
+    def noisy(probe: Probe, by: float) -> Probe:
+        exact = shift_probability(by)(probe.learner_logps).astype(np.float32)
+        top = np.zeros((len(exact), 1), np.float32)
+        return replace(probe, details=LearnerDetails(exact, exact + 9, top.astype(np.int32), top))
+
+    recorded = replace(probes, probes=tuple(noisy(probe, 0.004) for probe in probes.probes), learner_dtype="bfloat16")
+    engine = FakeEngine(tmp_path / "a", {}, VERSION)
+    report = verify(tmp_path / "a", engine, manifest, recorded)
+    noise = report.gap.learner_noise
+    assert noise is not None
+    assert noise.abs_dp.value == pytest.approx(0.004, rel=1e-2)
+    assert noise.gap_to_fp32.value == pytest.approx(0.004, rel=1e-2)  # the engine says what the learner does
+    said = report.to_json()
+    assert said["learner"]["dtype"] == "bfloat16"
+    assert said["learner"]["noise"]["explained"]["value"] == pytest.approx(-0.004, rel=1e-2)
+    assert sum(part["num_tokens"] for part in said["slices"]["entropy"]) == report.gap.num_tokens
+    assert any("log-probs in bfloat16, its own arithmetic, which lie 0.004 from float32" in line for line in probe_sentences(report))
+    in_float32 = verify(tmp_path / "a", engine, manifest, replace(recorded, learner_dtype="float32"))
+    assert any("in float32, its own arithmetic" in line for line in probe_sentences(in_float32))
+    without = verify(tmp_path / "a", engine, manifest, probes)
+    assert without.to_json()["learner"] == {"dtype": None, "noise": None}
+    assert not any("Gates are held" in line for line in probe_sentences(without))
 
 
 def test_a_known_shift_is_measured(tiny_models: TinyModels, tmp_path: Path) -> None:
