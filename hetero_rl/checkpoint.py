@@ -37,7 +37,11 @@ class LoopState:
     floor: Floor
     """Measured once, before the first update."""
     tolerance: float
-    """The bound on the engine gap."""
+    """The bound on the engine gap, in the measure of the constraint."""
+    served_floor: float
+    """Mean abs(dp) over the tokens that the floor was measured on: what an artifact's own gap is held against."""
+    served_tolerance: float
+    """The bound on it."""
     probes: tuple[TokenSequence, ...]
     """Sequences that every publish is proven on."""
     reference_gap: float

@@ -19,18 +19,24 @@ from hetero_rl.algorithm.kinds import (
     DEFAULT_BOUNDS,
     DEFAULT_CLIPS,
     PAIRED,
+    AdvantageForm,
     AdvantageKind,
+    Aggregation,
     Bounds,
     Centered,
     ClipRange,
     Correction,
     GreyBoxForm,
+    Measure,
     Normalization,
     PolicyLoss,
     Signal,
 )
 from hetero_rl.recipe import RecipeName, recipe_settings
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig, TaskConfig
+
+BF16_GAP = 0.004
+"""Mean abs(dp) that two computations in bf16 differ by, about."""
 
 
 class _Table(BaseModel):
@@ -181,13 +187,20 @@ class ConstraintConfig(_Table):
     grey_box_share: float = Field(1.0, gt=0, le=1)
     """Share of the prompts on which `grey_box` or `flatness` is computed at each update, in turns; its cost is scaled up to the batch.
     The twin's forward and backward pass costs in proportion."""
+    advantage_form: AdvantageForm = "token"
+    """Of `advantage`: the cost of each token or its mean over the response, and less its mean over the prompt's group or not."""
+    measure: Measure = "abs_dp"
+    """What the gap is measured in: `abs_dp` is abs(p_learner - p_engine), the others are of the log ratio (docs/algorithm.md)."""
+    aggregation: Aggregation = "token"
+    """Mean over all tokens, or over the responses of their means."""
     tolerance: float = Field(1.0, gt=0)
-    """Bound on the mean abs(p_learner - p_engine) per token, in `tolerance_unit`."""
+    """Bound on the mean gap, in `tolerance_unit`."""
     tolerance_unit: Literal["floor", "absolute"] = "floor"
     """`floor`: multiples of the gap measured at the start with the same weights on both sides."""
-    tolerance_min: float = Field(0.004, ge=0)
-    """Least tolerance in units of the floor, as mean abs(dp): about what two computations in bf16 differ by. A target whose weights cost
-    less (8 and more bits, GPTQ) has a floor of rounding noise, which other CPUs exceed and no penalty lowers."""
+    tolerance_min: float | None = Field(None, ge=0)
+    """Least tolerance where `tolerance_unit` is `floor`, as mean gap; unset: 0.004 for `abs_dp`, about what two computations in bf16
+    differ by, else 0. A target whose weights cost less (8 and more bits, GPTQ) has a floor of rounding noise, which other CPUs exceed and
+    no penalty lowers."""
     floor_tokens: int = Field(4096, ge=64)
     """Response tokens the floor is measured on."""
     controller: Literal["dual", "pid", "fixed"] = "dual"
@@ -200,6 +213,8 @@ class ConstraintConfig(_Table):
     """Give the constraint up, and halve lambda, where it rose over so many steps and the mean reward fell by 0.05; 0: never."""
     lambda_init: float | None = Field(None, ge=0)
     """Multiplier at the first step; unset: 1, or `lambda_max` where that is less."""
+    lambda_min: float = Field(0.0, ge=0)
+    """Multiplier that stays while the gap is inside the tolerance."""
     lambda_max: float | None = Field(None, gt=0)
     """Projection bound; unset: 4.0 for `grey_box` and `flatness`, 0.3 for the signals that hold the engine constant and can destroy a
     run."""
@@ -219,7 +234,33 @@ class ConstraintConfig(_Table):
             raise ValueError(
                 f"constraint.lambda_init = {self.lambda_init:g} is above constraint.lambda_max = {self.multiplier_cap:g}{of_signal}"
             )
+        if self.signal != "off" and self.lambda_min > self.multiplier_cap:
+            raise ValueError(
+                f"constraint.lambda_min = {self.lambda_min:g} is above constraint.lambda_max = {self.multiplier_cap:g}: give both, in order"
+            )
         return self
+
+    @model_validator(mode="after")
+    def multiples_are_of_something(self) -> ConstraintConfig:
+        """The mean of k1 has either sign."""
+        if self.measure == "k1" and self.tolerance_unit == "floor":
+            raise ValueError(
+                "constraint.measure = 'k1' has a mean of either sign, so that multiples of its floor bound nothing: use measure = 'k3', "
+                "which estimates the same KL, or tolerance_unit = 'absolute'"
+            )
+        return self
+
+    @property
+    def is_probability(self) -> bool:
+        """Whether the gap is the mean abs(dp) over tokens, which artifacts are verified by."""
+        return self.measure == "abs_dp" and self.aggregation == "token"
+
+    @property
+    def least_tolerance(self) -> float:
+        """`tolerance_min`, or the default of the measure."""
+        if self.tolerance_min is not None:
+            return self.tolerance_min
+        return BF16_GAP if self.measure == "abs_dp" else 0.0
 
     @property
     def first_multiplier(self) -> float:
@@ -253,6 +294,9 @@ class LoopConfig(_Table):
     """Longest response."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the learner's log-probs are taken at the same one."""
+    schedule: Literal["sync", "one_step_off"] = "sync"
+    """`sync`: sampling and learning take turns; `one_step_off`: the engine samples for the next step while the learner works on this one,
+    with weights that are one update old."""
     publish_every: int = Field(1, ge=1)
     """Steps between publishes of the learner's weights to the engine."""
     publish_gate: float | None = Field(None, gt=0)
@@ -279,13 +323,6 @@ class EvaluationConfig(_Table):
     """Held-out problems of the first and the last evaluation, and of the task sample in the artifact."""
 
 
-class ExportConfig(_Table):
-    """`[export]`: what travels with the artifact."""
-
-    probe_tokens: int = Field(4096, ge=256)
-    """Response tokens of the golden probes."""
-
-
 class RunConfig(_Table):
     """A whole run."""
 
@@ -302,7 +339,6 @@ class RunConfig(_Table):
     loop: LoopConfig = LoopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def centering_needs_two_weights(self) -> RunConfig:
@@ -356,6 +392,13 @@ class RunConfig(_Table):
             raise ValueError(
                 "loop.publish_gate compares the gap before a step with one after it, for which no engine gives routes: it cannot be had "
                 "with algorithm.routing_replay"
+            )
+        if self.loop.schedule == "one_step_off" and (
+            self.loop.publish_every > 1 or self.loop.publish_gate is not None or self.learner.zero_stage == 3
+        ):
+            raise ValueError(
+                "loop.schedule = 'one_step_off' keeps a copy of the weights before each update and publishes every one: it goes with "
+                "loop.publish_every = 1, without loop.publish_gate, and with learner.zero_stage up to 2"
             )
         if self.loop.publish_every > 1 and self.learner.zero_stage == 3:
             raise ValueError(

@@ -15,22 +15,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import TokenSequence
+from hetero_rl.ahead import Ahead
 from hetero_rl.algorithm.advantage import advantages
 from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, infeasible_message
+from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.algorithm.kinds import PAIRED
-from hetero_rl.algorithm.tolerance import measure_floor, tolerance_from
+from hetero_rl.algorithm.tolerance import mean_gap, measure_floor, tolerance_from
 from hetero_rl.checkpoint import LoopState, save_checkpoint
-from hetero_rl.config import RunConfig
+from hetero_rl.config import BF16_GAP, ConstraintConfig, RunConfig
 from hetero_rl.export import export_artifact
 from hetero_rl.interrupt import interrupt_flag, saved_on_failure
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
 from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
-from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, probability_gap, sample, seeded, train_sequences
+from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, sample, seeded, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
 from hetero_rl.types import TrainSequence
@@ -63,6 +66,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         dual_config = controller(config, state.tolerance)
         metrics = stack.enter_context(MetricsWriter(run.path, state.metrics_offset if resume else None))
         snapshot = learner.snapshot() if loop.publish_every > 1 else None
+        ahead = stack.enter_context(Ahead(lambda step, lap: collect(publisher.engine, task, sampling, loop, step, lap)))
         interrupted = stack.enter_context(interrupt_flag(view))
         view.start(config, profile, state)
 
@@ -77,28 +81,36 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         while state.step < loop.num_steps and not (interrupted and state.step % loop.publish_every == 0):
             clock = Clock()
             with saved_on_failure(run.checkpoints, state, learner, config, view):
-                rollouts = collect(publisher.engine, task, sampling, loop, state.step, clock.lap)
+                rollouts, phases = ahead.take(state.step)
+                clock.lap("perf/wait_s")
                 advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
                 sequences = train_sequences(rollouts, advantage.numpy())
             if snapshot is not None:
                 sequences = with_old_logp(learner, snapshot, sequences)
+            if loop.schedule == "one_step_off":
+                snapshot = None
+                if not ends_pipeline(config, state.step + 1):
+                    snapshot = learner.snapshot()
+                    ahead.start(state.step + 1)
             multiplier = state.dual.multiplier
             masters = {} if gate is None else learner.masters()
             update = learner.update(sequences, multiplier)
             gap = update.sums.gap
-            dual = dual_step(state.dual, gap.mean(gap.engine_gap), dual_config, rollouts.mean_reward)
+            dual = dual_step(state.dual, gap.mean_engine_gap, dual_config, rollouts.mean_reward)
             clock.lap("perf/learner_s")
+            ahead.wait()
+            clock.lap("perf/wait_s")
 
             proof_gap, version, rejected = float("nan"), state.weight_version, False
             if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
                 version += 1
                 proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
-                rejected = gate is not None and not engine_gap(parts, rollouts.sequences) <= gate * gap.mean(gap.engine_gap)
+                rejected = gate is not None and not engine_gap(parts, config.constraint, rollouts.sequences) <= gate * gap.mean_engine_gap
                 if rejected:
                     learner.restore(masters)
                     version += 1
                     proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
-                snapshot = learner.snapshot() if snapshot is not None else None
+                snapshot = learner.snapshot() if loop.publish_every > 1 else snapshot
             clock.lap("perf/publish_s")
 
             if publisher.num_rebuilds and not state.num_rebuilds:
@@ -112,7 +124,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
                 row |= evaluate(parts, num_problems)
                 clock.lap("perf/eval_s")
-            row |= clock.row(rollouts.num_tokens)
+            row |= phases | clock.row(rollouts.num_tokens / phases["perf/rollout_s"])
             metrics.write(row)
             view.step(row)
             state = replace(state, metrics_offset=metrics.offset)
@@ -137,8 +149,10 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         sampling = seeded(parts.sampling, config.loop.seed, CALIBRATION_STEP)
         parts.publisher.start_calibrated([g.sequence for g in sample(parts.publisher.engine, parts.task, problems, 1, sampling)])
     group_size = config.loop.samples_per_prompt
-    gaps, sequences, num_tokens, batch = [], [], 0, 0
-    while num_tokens < config.constraint.floor_tokens:
+    constraint = config.constraint
+    pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    sequences, num_tokens, batch = [], 0, 0
+    while num_tokens < constraint.floor_tokens:
         # The run's own recipe, at lambda 0 and without an update: training problems, sampled under seeds beyond every step.
         problems = parts.task.train_problems(batch, config.loop.prompts_per_step)
         generations = sample(
@@ -146,25 +160,35 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         )
         drawn = [g.sequence for g in generations]
         scores = parts.learner.score(drawn, routes=[g.routes for g in generations])
-        gaps += [probability_gap(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
+        pairs += [(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
         sequences += drawn
-        num_tokens, batch = sum(len(gap) for gap in gaps), batch + 1
-    floor = measure_floor(gaps, seed=config.loop.seed)
+        num_tokens, batch = sum(len(logps) for logps, _ in pairs), batch + 1
+    gaps = [token_gap(*pair, constraint.measure) for pair in pairs]
+    floor = measure_floor(gaps, group_size=group_size, aggregation=constraint.aggregation, seed=config.loop.seed)
+    tolerance = tolerance_from(constraint.tolerance, constraint.tolerance_unit, floor, constraint.least_tolerance)
+    # An artifact is verified by its mean abs(dp), whatever the run was held by: to a bound as many floors away.
+    served_floor = floor.mean if constraint.is_probability else mean_gap([token_gap(*pair) for pair in pairs], "token")
+    served_tolerance = tolerance if constraint.is_probability else max(served_floor * tolerance / floor.mean, BF16_GAP)
     probes = [shortened(sequence) for sequence in sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]]
     reference_gap = parts.publisher.calibrate(probes)
-    tolerance = tolerance_from(config.constraint.tolerance, config.constraint.tolerance_unit, floor, config.constraint.tolerance_min)
-    dtype = parts.learner.compute_dtype
     return LoopState(
-        0,
-        0,
-        DualState(config.constraint.first_multiplier),
-        floor,
-        tolerance,
-        tuple(probes),
-        reference_gap,
-        parts.publisher.calibration,
-        compute_dtype=dtype,
+        step=0,
+        weight_version=0,
+        dual=DualState(constraint.first_multiplier),
+        floor=floor,
+        tolerance=tolerance,
+        served_floor=served_floor,
+        served_tolerance=served_tolerance,
+        probes=tuple(probes),
+        reference_gap=reference_gap,
+        calibration=parts.publisher.calibration,
+        compute_dtype=parts.learner.compute_dtype,
     )
+
+
+def ends_pipeline(config: RunConfig, step: int) -> bool:
+    """Whether the step after `step` steps samples for itself: there is none, or a checkpoint lies between."""
+    return step == config.loop.num_steps or step % config.checkpoint.every_steps == 0
 
 
 def shortened(sequence: TokenSequence) -> TokenSequence:
@@ -179,6 +203,7 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
         tolerance=tolerance,
         eta=constraint.eta,
         lambda_max=constraint.multiplier_cap,
+        lambda_min=constraint.lambda_min,
         # Where the gap did not fall by a signal that holds the engine constant, it will not: the penalty would only eat the reward.
         lambda_infeasible=constraint.multiplier_cap / 4 if constraint.signal in PAIRED else 0.0,
         ema=constraint.ema,
@@ -196,10 +221,11 @@ def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences
     return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
 
 
-def engine_gap(parts: Parts, sequences: list[TokenSequence]) -> float:
-    """Mean abs(p_learner - p_engine) over the responses of `sequences`, under the weights that both hold now."""
+def engine_gap(parts: Parts, constraint: ConstraintConfig, sequences: list[TokenSequence]) -> float:
+    """The mean gap over the responses of `sequences`, as the constraint measures it, under the weights that both hold now."""
     scores = parts.learner.score(sequences), parts.publisher.engine.score(sequences, parts.sampling.temperature)
-    return float(np.nanmean(np.concatenate([probability_gap(ours.logps, theirs.logps) for ours, theirs in zip(*scores, strict=True)])))
+    gaps = [token_gap(ours.logps, theirs.logps, constraint.measure) for ours, theirs in zip(*scores, strict=True)]
+    return mean_gap(gaps, constraint.aggregation)
 
 
 def evaluate(parts: Parts, num_problems: int) -> dict[str, float]:

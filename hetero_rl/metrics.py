@@ -33,13 +33,17 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated": Metric("share", "responses that ended at the length limit"),
     "eval/deployed_accuracy": Metric("share", "held-out problems with reward 1, greedy, decoded by the deployment engine"),
     "eval/learner_accuracy": Metric("share", "the same problems, greedy, decoded by the bf16 learner"),
-    "constraint/engine_gap": Metric("probability", "mean abs(p_learner(y) - p_engine(y)), same weight version, two machines"),
-    "constraint/staleness_gap": Metric("probability", "mean abs(p_learner_now(y) - p_learner_old(y)), same machine, two weight versions"),
+    "constraint/engine_gap": Metric(
+        "of constraint.measure", "mean gap, abs(p_learner(y) - p_engine(y)) if not set otherwise; same weight version, two machines"
+    ),
+    "constraint/staleness_gap": Metric(
+        "of constraint.measure", "mean gap of the learner now to the learner old: same machine, two weight versions"
+    ),
     "constraint/kl_k3": Metric("nats", "mean of exp(d) - 1 - d, d = log p_learner(y) - log p_engine(y), same weight version"),
-    "constraint/floor": Metric("probability", "the engine gap before any update, same weights on both sides"),
-    "constraint/tolerance": Metric("probability", "the bound on the engine gap"),
+    "constraint/floor": Metric("of constraint.measure", "the engine gap before any update, same weights on both sides"),
+    "constraint/tolerance": Metric("of constraint.measure", "the bound on the engine gap"),
     "constraint/lambda": Metric("1", "multiplier of the constraint's cost in the step's loss"),
-    "constraint/gap_ema": Metric("probability", "the averaged engine gap that drives lambda"),
+    "constraint/gap_ema": Metric("of constraint.measure", "the averaged engine gap that drives lambda"),
     "constraint/cost": Metric(
         "nats or probability", "mean per-token cost of the signal: KL(twin || learner) for grey_box, abs(dp) for loss"
     ),
@@ -64,6 +68,7 @@ METRICS: dict[str, Metric] = {
     "publish/rebuilds": Metric("count", "engines rebuilt since the start because a proof failed"),
     "publish/rejected": Metric("", "1 when the step was undone, because the gap rose beyond `loop.publish_gate`"),
     "perf/step_s": Metric("s", "wall-clock time of the step", exact=False),
+    "perf/wait_s": Metric("s", "what the learner waited for rollouts; with `one_step_off` less than they took", exact=False),
     "perf/rollout_s": Metric("s", "sampling by the engine", exact=False),
     "perf/reward_s": Metric("s", "the reward function", exact=False),
     "perf/learner_s": Metric("s", "forward, backward, optimizer", exact=False),

@@ -19,13 +19,15 @@ class Recipe(NamedTuple):
     settings: Mapping[str, Mapping[str, Any]]
 
 
+GREY_BOX = {"constraint": {"signal": "grey_box", "grey_box_share": 0.34, "lambda_init": 0.3, "lambda_min": 0.3}}
+"""The pull stays when the tolerance is met: it keeps the high-precision weights good too, and a third of the prompts is enough for it."""
 GUARD = {"constraint": {"signal": "grey_box", "lambda_init": 0.0, "tolerance": 1.5}}
 """Half a floor of slack: at the floor itself the noise of a step would call the twin every other time."""
 RECIPES: dict[RecipeName, Recipe] = {
     "none": Recipe("the defaults of every setting", {}),
     "plain": Recipe("the gap is measured and not bounded", {"constraint": {"signal": "off"}}),
     "guard": Recipe("the grey box acts when the gap is half again the floor", GUARD),
-    "grey_box": Recipe("the grey box acts from the first step", {"constraint": {"signal": "grey_box"}}),
+    "grey_box": Recipe("the grey box acts from the first step, on a third of the prompts in turns", GREY_BOX),
 }
 
 
@@ -44,13 +46,18 @@ def choose(profile: TargetProfile) -> tuple[RecipeName, str]:
 def recipe_settings(name: str, profile: TargetProfile, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tables of recipe `name`, to lie below `given`; a name that does not exist has none.
 
-    Numbers of `[constraint]` belong to a signal: who gives another one gets none of the recipe's.
+    Numbers of `[constraint]` belong to a signal: who gives another one gets none of the recipe's. A lambda that stays has no bounds.
     """
     chosen = choose(profile)[0] if name == "auto" else name
     recipe = RECIPES.get(chosen)  # type: ignore[call-overload]
     if recipe is None:
         return {}
     constraint = given.get("constraint")
-    signal = {**profile.constraint, **(constraint if isinstance(constraint, Mapping) else {})}.get("signal")
-    own = recipe.settings.get("constraint", {}).get("signal")
-    return {table: dict(values) for table, values in recipe.settings.items() if table != "constraint" or signal in (None, own)}
+    above = {**profile.constraint, **(constraint if isinstance(constraint, Mapping) else {})}
+    tables = {table: dict(values) for table, values in recipe.settings.items()}
+    own = tables.get("constraint", {})
+    if above.get("signal") not in (None, own.get("signal")):
+        tables.pop("constraint", None)
+    elif above.get("controller") == "fixed":
+        own.pop("lambda_min", None)
+    return tables

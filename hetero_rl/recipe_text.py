@@ -37,6 +37,6 @@ def pieces(config: RunConfig) -> str:
     if constraint.controller == "fixed":
         return ", ".join([*parts, f"signal {constraint.signal}{form} with lambda {first:g}"])
     how = {"dual": "dual ascent", "pid": "a PID controller"}[constraint.controller]
-    return ", ".join(
-        [*parts, f"signal {constraint.signal}{form} with lambda by {how}, {first:g} at first and {constraint.multiplier_cap:g} at most"]
-    )
+    least = f", {constraint.lambda_min:g} at least" if constraint.lambda_min else ""
+    bounds = f"{first:g} at first{least} and {constraint.multiplier_cap:g} at most"
+    return ", ".join([*parts, f"signal {constraint.signal}{form} with lambda by {how}, {bounds}"])

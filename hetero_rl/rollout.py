@@ -83,13 +83,6 @@ def solved_share(rewards: NDArray[np.float32]) -> float:
     return float((judged >= SOLVED).mean()) if len(judged) else float("nan")
 
 
-def probability_gap(learner_logp: NDArray[np.float32], engine_logp: NDArray[np.float32]) -> NDArray[np.float32]:
-    """abs(p_learner - p_engine) per token, float32; NaN where the engine gave no finite log-prob."""
-    finite = np.isfinite(engine_logp)
-    gap: NDArray[np.float32] = np.where(finite, np.abs(np.exp(learner_logp) - np.exp(np.where(finite, engine_logp, 0.0))), np.nan)
-    return gap
-
-
 def train_sequences(rollouts: Rollouts, advantages: NDArray[np.float32]) -> list[TrainSequence]:
     """The responses that have a reward, with their advantage; the others teach nothing and are left out.
 

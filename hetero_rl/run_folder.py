@@ -21,7 +21,7 @@ from hetero_rl.errors import RunFolderError
 CONFIG_FILE = "config.json"
 PROFILE_FILE = "profile.json"
 ENVIRONMENT_FILE = "environment.json"
-MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation", "export")
+MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation")
 """Settings that a resumed run may change: they do not reach the steps already taken."""
 
 

@@ -42,8 +42,8 @@ def step_row(
         "rollout/tokens": rollouts.num_tokens,
         "rollout/response_tokens": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([generation.finish_reason == "length" for generation in rollouts.generations])),
-        "constraint/engine_gap": gap.mean(gap.engine_gap),
-        "constraint/staleness_gap": gap.mean(gap.staleness_gap),
+        "constraint/engine_gap": gap.mean_engine_gap,
+        "constraint/staleness_gap": gap.mean_staleness_gap,
         "constraint/kl_k3": gap.mean(gap.kl_k3),
         "constraint/floor": state.floor.mean,
         "constraint/tolerance": state.tolerance,
@@ -81,7 +81,6 @@ class Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-    def row(self, num_tokens: int) -> dict[str, float]:
+    def row(self, rollout_tokens_per_s: float) -> dict[str, float]:
         """All laps, the whole step, and the rollout's speed."""
-        speed = num_tokens / max(self._laps["perf/rollout_s"], 1e-9)
-        return {**self._laps, "perf/step_s": self._last - self._start, "perf/rollout_tokens_per_s": speed}
+        return {**self._laps, "perf/step_s": self._last - self._start, "perf/rollout_tokens_per_s": rollout_tokens_per_s}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.config import RunConfig
 
-CONTROLLER = ("eta", "patience", "kp", "kd", "reward_window")
+CONTROLLER = ("lambda_min", "eta", "patience", "kp", "kd", "reward_window")
 
 
 def unused_settings(config: RunConfig) -> Iterator[str]:
@@ -32,6 +32,10 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
         for name in ("grey_box_form", "grey_box_share"):
             if name in constraint.model_fields_set:
                 yield f"constraint.{name} has no effect: constraint.signal is {constraint.signal!r}"
+    if constraint.signal != "advantage" and "advantage_form" in constraint.model_fields_set:
+        yield f"constraint.advantage_form has no effect: constraint.signal is {constraint.signal!r}"
+    if "tolerance_min" in constraint.model_fields_set and constraint.tolerance_unit == "absolute":
+        yield "constraint.tolerance_min has no effect: constraint.tolerance_unit is 'absolute'"
     num_updates = config.loop.num_steps * learner.updates_per_rollout
     if "warmup_steps" in learner.model_fields_set and learner.warmup_steps > num_updates:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"

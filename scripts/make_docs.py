@@ -1,4 +1,4 @@
-"""Writes the generated parts of the docs: docs/metrics.md, docs/config.md, and the tables of docs/targets.md between their markers.
+"""Writes the generated parts of the docs: metrics.md, config.md, and the tables of targets.md and algorithm.md between their markers.
 
 python scripts/make_docs.py            write them
 python scripts/make_docs.py --check    exit 1 when they are out of date
@@ -19,6 +19,7 @@ import deploy_targets.profile
 import hetero_rl.config
 import hetero_rl.tasks.config
 from deploy_targets.profile import TargetProfile, load_profile
+from hetero_rl.algorithm import advantage, corrections, discrepancy, losses
 from hetero_rl.config import RunConfig
 from hetero_rl.metrics import glossary
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig
@@ -28,7 +29,12 @@ DOCS = ROOT / "docs"
 
 
 def main() -> int:
-    pages = {"metrics.md": metrics_reference(), "config.md": config_reference(), "targets.md": targets_page()}
+    pages = {
+        "metrics.md": metrics_reference(),
+        "config.md": config_reference(),
+        "targets.md": page_with("targets.md", targets=shipped_targets(), profile=profile_reference()),
+        "algorithm.md": page_with("algorithm.md", estimators=estimators()),
+    }
     stale = [name for name, text in pages.items() if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != text]
     if "--check" in sys.argv[1:]:
         print("\n".join(f"docs/{name} is out of date: run scripts/make_docs.py" for name in stale) or "docs are up to date")
@@ -67,17 +73,27 @@ def config_reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def targets_page() -> str:
-    """docs/targets.md with its tables made anew."""
-    page = (DOCS / "targets.md").read_text("utf-8")
-    for name, lines in {"targets": shipped_targets(), "profile": profile_reference()}.items():
-        begin, end = f"<!-- {name}: made by scripts/make_docs.py -->\n", f"<!-- end of {name} -->\n"
+def page_with(name: str, **parts: list[str]) -> str:
+    """docs/NAME with the lines between the markers of each of `parts` made anew."""
+    page = (DOCS / name).read_text("utf-8")
+    for part, lines in parts.items():
+        begin, end = f"<!-- {part}: made by scripts/make_docs.py -->\n", f"<!-- end of {part} -->\n"
         before, found, rest = page.partition(begin)
         _, also_found, after = rest.partition(end)
         if not (found and also_found):
-            raise SystemExit(f"docs/targets.md has lost the markers of {name!r}; put them back")
+            raise SystemExit(f"docs/{name} has lost the markers of {part!r}; put them back")
         page = before + begin + "\n".join(["", *lines, "", end]) + after
     return page
+
+
+def estimators() -> list[str]:
+    """The table of each piece of the method: that of its module's docstring."""
+    lines: list[str] = []
+    for module in (discrepancy, advantage, losses, corrections):
+        name = module.__name__.rpartition(".")[2]
+        table = [line.replace("||", "‖") for line in inspect.getdoc(module).splitlines() if line.startswith("|")]
+        lines += ["", f"### [{name}.py](../hetero_rl/algorithm/{name}.py)", "", *table]
+    return lines[1:]
 
 
 def shipped_targets() -> list[str]:

@@ -6,16 +6,16 @@ tolerance, so that the gains mean the same for every target:
     v      = EMA(gap) / tolerance - 1
     off    : lambda = 0
     fixed  : lambda stays
-    dual   : lambda <- clip(lambda + eta v, 0, bound)                 projected dual ascent (arXiv 2606.08779)
-    pid    : I      <- clip(I + eta v, 0, bound), held while I + P + D alone reach the bound and v > 0 (anti-windup)
-             lambda <- clip(I + P + D, 0, bound),   P = kp v,   D = kd max(EMA(gap) - previous, 0) / tolerance
+    dual   : lambda <- clip(lambda + eta v, least, bound)             projected dual ascent (arXiv 2606.08779, with least = 0)
+    pid    : I      <- clip(I + eta v, least, bound), held while I + P + D alone reach the bound and v > 0 (anti-windup)
+             lambda <- clip(I + P + D, least, bound),   P = kp v,   D = kd max(EMA(gap) - previous, 0) / tolerance
 
 `pid` is Stooke et al., arXiv 2007.03964, algorithm 2, with the integral's gain eta folded into I and an upper bound. With
 kp = kd = 0 it is `dual`. Against `dual`, P damps the swings that an integral alone makes, D acts before the bound is crossed.
 Bias and variance: the average lags the gap by about ema / (1 - ema) steps and divides its variance by (1 + ema) / (1 - ema).
 
-Inside the tolerance lambda falls to 0 and learning is free. A constraint that cannot be met would push lambda up for ever
-and let the penalty eat the reward. So two watches bound it, for good, and say so:
+Inside the tolerance lambda falls to `least`: to 0, and learning is free, or to a pull that stays. A constraint that cannot
+be met would push lambda up for ever and let the penalty eat the reward. So two watches bound it, for good, and say so:
 
 - the gap did not fall in `patience` steps of violation, while lambda stood at its cap or rose by `min_rise` of it;
 - (where `reward_window` > 0) lambda rose or stood at its bound over a window in which the averaged reward fell: halved.
@@ -43,6 +43,8 @@ class DualConfig:
     """Projection bound."""
     lambda_infeasible: float
     """Bound of lambda once the constraint was found infeasible; below `lambda_max`."""
+    lambda_min: float = 0.0
+    """Least lambda while the constraint stands."""
     ema: float = 0.9
     """Decay of the averages of gap and reward."""
     patience: int = 40
@@ -152,12 +154,13 @@ def infeasible_message(state: DualState, config: DualConfig, floor: float | None
 def _controlled(state: DualState, violation: float, rise: float, config: DualConfig) -> DualState:
     """The new lambda; dual ascent is the PID without P and D."""
     bound = _bound(state, config)
+    least = min(config.lambda_min, bound)
     kp, kd = (config.kp, config.kd) if config.controller == "pid" else (0.0, 0.0)
     push = kp * violation + kd * rise
     integral = state.multiplier if state.integral is None or config.controller != "pid" else min(state.integral, bound)
     if violation <= 0.0 or integral + push < bound:
-        integral = min(max(integral + config.eta * violation, 0.0), bound)
-    multiplier = min(max(integral + push, 0.0), bound)
+        integral = min(max(integral + config.eta * violation, least), bound)
+    multiplier = min(max(integral + push, least), bound)
     return replace(state, multiplier=multiplier, integral=integral if config.controller == "pid" else None)
 
 

@@ -23,17 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, Self, get_args
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hetero_rl.algorithm.kinds import MEASURES, Aggregation, Measure
 from hetero_rl.algorithm.segments import Segments
-
-Measure = Literal["abs_dp", "abs_log_ratio", "k1", "k2", "k3", "chi2"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
-Aggregation = Literal["token_mean", "sequence_mean", "max"]
-AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
 def abs_dp(learner_logp: Tensor, engine_logp: Tensor) -> Tensor:
@@ -94,57 +92,12 @@ def discrepancy(measure: Measure, learner_logp: Tensor, engine_logp: Tensor) -> 
     return _FUNCTIONS[measure](learner_logp, engine_logp)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` holds; 0 when it holds nowhere. Values outside the mask may be NaN."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureSums:
-    """One measure over one part of a batch; parts of whole responses add, so that no aggregate depends on how it was cut."""
-
-    token_total: float = 0.0
-    num_tokens: int = 0
-    response_total: float = 0.0
-    """Sum over responses of the mean over their counted tokens."""
-    num_responses: int = 0
-    """Responses with a counted token."""
-    largest: float = float("-inf")
-
-    @classmethod
-    def of(cls, values: Tensor, mask: Tensor, segments: Segments) -> MeasureSums:
-        """Of `values` float [num_tokens] where `mask` bool [num_tokens] holds; values elsewhere may be NaN."""
-        counts = segments.sum(torch.ones_like(values), mask)
-        return cls(
-            token_total=float(torch.where(mask, values, 0.0).sum()),
-            num_tokens=int(mask.sum()),
-            response_total=float(segments.mean(values, mask).sum()),
-            num_responses=int((counts > 0).sum()),
-            largest=float(values[mask].max()) if bool(mask.any()) else float("-inf"),
-        )
-
-    def __add__(self, other: MeasureSums) -> MeasureSums:
-        """Both parts together."""
-        return MeasureSums(
-            self.token_total + other.token_total,
-            self.num_tokens + other.num_tokens,
-            self.response_total + other.response_total,
-            self.num_responses + other.num_responses,
-            max(self.largest, other.largest),
-        )
-
-    def value(self, aggregation: Aggregation) -> float:
-        """Mean over tokens, mean over responses of their means (short ones count as much as long ones), or the largest token.
-
-        NaN when no token was counted. Raises `ValueError` for an unknown aggregation.
-        """
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {aggregation!r}; known are {', '.join(AGGREGATIONS)}")
-        if self.num_tokens == 0:
-            return float("nan")
-        if aggregation == "max":
-            return self.largest
-        return self.token_total / self.num_tokens if aggregation == "token_mean" else self.response_total / self.num_responses
+def token_gap(learner_logp: NDArray[np.float32], engine_logp: NDArray[np.float32], measure: Measure = "abs_dp") -> NDArray[np.float32]:
+    """The measure of that name per token, float32; NaN where the engine gave no finite log-prob."""
+    finite = np.isfinite(engine_logp)
+    safe = (torch.from_numpy(np.where(finite, logp, 0.0).astype(np.float32)) for logp in (learner_logp, engine_logp))
+    gap: NDArray[np.float32] = np.where(finite, discrepancy(measure, *safe).numpy(), np.float32(np.nan))
+    return gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,27 +111,48 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class GapSums(Sums):
-    """The two parts of the gap and the k3 KL, summed over the tokens with a finite engine log-prob; and the numbers of tokens."""
+    """The two parts of the gap, and the k3 KL, summed over the tokens with a finite engine log-prob; and the numbers of tokens."""
 
     engine_gap: float = 0.0
     staleness_gap: float = 0.0
+    num_gaps: float = 0.0
+    """What the two gaps are divided by: counted tokens, or responses with one where each counts as much as the other."""
     kl_k3: float = 0.0
     num_tokens: int = 0
     num_nonfinite: int = 0
+
+    @property
+    def mean_engine_gap(self) -> float:
+        """What the constraint bounds; NaN when nothing was counted."""
+        return self.engine_gap / self.num_gaps if self.num_gaps else float("nan")
+
+    @property
+    def mean_staleness_gap(self) -> float:
+        """In the same measure, of the two weight versions."""
+        return self.staleness_gap / self.num_gaps if self.num_gaps else float("nan")
 
     def mean(self, total: float) -> float:
         """`total` per counted token; NaN when none was counted."""
         return total / self.num_tokens if self.num_tokens else float("nan")
 
 
-def split_gap(learner_logp: Tensor, learner_old_logp: Tensor, engine_logp: Tensor, measure: Measure = "abs_dp") -> GapSums:
+def split_gap(
+    learner_logp: Tensor,
+    learner_old_logp: Tensor,
+    engine_logp: Tensor,
+    segments: Segments,
+    measure: Measure = "abs_dp",
+    aggregation: Aggregation = "token",
+) -> GapSums:
     """Split the gap between the learner now and the engine then into its two parts.
 
     Args:
         learner_logp: The learner's log-probs under its weights of now.
         learner_old_logp: The learner's log-probs under the weights that the engine served when it sampled.
         engine_logp: The engine's log-probs; non-finite ones leave mask and denominator and are counted.
+        segments: The responses that the tokens belong to, whole ones.
         measure: What both gaps are measured in.
+        aggregation: Whether each token counts as much as the next, or each response.
 
     Returns:
         engine_gap = sum measure(learner_old, engine), staleness_gap = sum measure(learner, learner_old), and the k3 KL of the
@@ -186,13 +160,18 @@ def split_gap(learner_logp: Tensor, learner_old_logp: Tensor, engine_logp: Tenso
     """
     finite = torch.isfinite(engine_logp)
     safe_engine = torch.where(finite, engine_logp, 0.0)
+    counts = segments.sum(torch.ones_like(engine_logp), finite)
 
     def total(values: Tensor) -> float:
         return float(torch.where(finite, values, 0.0).sum())
 
+    def gap(values: Tensor) -> float:
+        return total(values) if aggregation == "token" else float(segments.mean(values, finite).sum())
+
     return GapSums(
-        engine_gap=total(discrepancy(measure, learner_old_logp, safe_engine)),
-        staleness_gap=total(discrepancy(measure, learner_logp, learner_old_logp)),
+        engine_gap=gap(discrepancy(measure, learner_old_logp, safe_engine)),
+        staleness_gap=gap(discrepancy(measure, learner_logp, learner_old_logp)),
+        num_gaps=float(counts.sum() if aggregation == "token" else (counts > 0).sum()),
         kl_k3=total(k3(learner_old_logp, safe_engine)),
         num_tokens=int(finite.sum()),
         num_nonfinite=int((~finite).sum()),

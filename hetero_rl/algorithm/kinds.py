@@ -57,3 +57,10 @@ PAIRED: tuple[Signal, ...] = ("grey_box", "flatness")
 """Signals that run the learner's twin beside it."""
 GreyBoxForm = Literal["kl", "top", "sampled"]
 """Of `signals.grey_box_cost`."""
+AdvantageForm = Literal["token", "response", "token_centered", "response_centered"]
+"""Of `signals.advantage_side`."""
+Measure = Literal["abs_dp", "abs_log_ratio", "k1", "k2", "k3", "chi2"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+"""Of `discrepancy.discrepancy`."""
+Aggregation = Literal["token", "response"]
+"""`token`: the mean over all tokens; `response`: over responses of their means, so that short ones count as much as long ones."""

@@ -10,6 +10,9 @@ fake-quantized weights (its *twin*):
 | loss side (the paper's, arXiv 2606.08779) | abs(p_pi(y) - p_mu(y)) | through the learner; mu is a constant |
 | advantage side (the paper's) | A_t - lambda abs(p_pi(y) - p_mu(y)) | none of its own; it reshapes the advantage |
 
+The advantage side has four forms: the cost of each token or its mean over the response, as it is or less the mean over the
+prompt's group, which like a baseline takes from every response what all of them pay.
+
 Why the grey box is the default: on coarse grids the engine's weights follow the learner's, so pulling the learner towards
 a constant mu moves mu as well and the gap does not fall. With both sides live the penalty is a descent direction.
 
@@ -20,10 +23,15 @@ times the trace of the Fisher matrix, to second order; one draw per update has t
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hetero_rl.algorithm.discrepancy import abs_dp
-from hetero_rl.algorithm.kinds import GreyBoxForm
+from hetero_rl.algorithm.kinds import AdvantageForm, GreyBoxForm
+from hetero_rl.algorithm.segments import Segments
 
 TOP = 16
 """Tokens that `grey_box_top` tells apart."""
@@ -79,6 +87,33 @@ def loss_side_cost(learner_logp: Tensor, engine_logp: Tensor) -> Tensor:
     return abs_dp(learner_logp, engine_logp.detach())
 
 
-def advantage_side(advantage: Tensor, learner_logp: Tensor, engine_logp: Tensor, multiplier: float) -> Tensor:
-    """A_t - lambda * abs(p_learner(y_t) - p_engine(y_t)) per token, without gradient."""
-    return advantage - multiplier * abs_dp(learner_logp.detach(), engine_logp)
+def advantage_cost(form: AdvantageForm, old_logp: Tensor, engine_logp: Tensor, mask: Tensor, segments: Segments) -> Tensor:
+    """abs(p_learner(y) - p_engine(y)) of each token, or the mean over its response; float [num_tokens], without gradient.
+
+    `old_logp` is of the weights that the engine served; tokens outside `mask` bool [num_tokens] do not count.
+    """
+    cost = abs_dp(old_logp.detach(), engine_logp)
+    return cost if form.startswith("token") else segments.spread(segments.mean(cost, mask))
+
+
+def advantage_side(advantage: Tensor, cost: Tensor, group_cost: Tensor, multiplier: float) -> Tensor:
+    """A_t - lambda * (cost_t - group_cost): `cost` of `advantage_cost`, `group_cost` its mean over the group or 0; per token."""
+    return advantage - multiplier * (cost - group_cost)
+
+
+def group_costs(form: AdvantageForm, costs: Sequence[NDArray[np.float32]], groups: Sequence[Hashable]) -> list[float]:
+    """Mean cost of each response's group: over the group's tokens, or over its responses as the form counts.
+
+    Args:
+        form: One of the centred forms.
+        costs: One array [num_tokens_i] of abs(dp) per response; NaN (no engine log-prob) is left out.
+        groups: Which group each response belongs to.
+    """
+    totals: dict[Hashable, list[float]] = {}
+    for cost, group in zip(costs, groups, strict=True):
+        total, count = float(np.nansum(cost)), int(np.isfinite(cost).sum())
+        if form == "response_centered" and count:
+            total, count = total / count, 1
+        sums = totals.setdefault(group, [0.0, 0.0])
+        sums[0], sums[1] = sums[0] + total, sums[1] + count
+    return [totals[group][0] / max(totals[group][1], 1.0) for group in groups]

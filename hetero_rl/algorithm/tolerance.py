@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy_targets.errors import EngineError
-from hetero_rl.algorithm.kinds import Signal
+from deploy_targets.errors import EngineError, UsageError
+from hetero_rl.algorithm.kinds import Aggregation, Signal
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Mean abs(dp) of the same weights on both machines, with a 95 % interval over sequences."""
+    """Mean gap of the same weights on both machines, with a 95 % interval over prompts."""
 
     mean: float
     low: float
@@ -24,36 +25,68 @@ class Floor:
     """Tokens without a finite engine log-prob; they are in neither the sum nor the count."""
 
 
-def measure_floor(gaps: list[NDArray[np.float32]], *, seed: int = 0, num_resamples: int = 500) -> Floor:
-    """The floor from per-token gaps of several sequences.
+def mean_gap(gaps: Sequence[NDArray[np.float32]], aggregation: Aggregation) -> float:
+    """The mean of per-token `gaps`, one array [num_tokens_i] per response, NaN left out; NaN where nothing is finite."""
+    sums, counts = _parts(gaps, aggregation)
+    return float(sums.sum() / counts.sum()) if counts.sum() else float("nan")
+
+
+def measure_floor(
+    gaps: Sequence[NDArray[np.float32]],
+    *,
+    group_size: int = 1,
+    aggregation: Aggregation = "token",
+    seed: int = 0,
+    num_resamples: int = 500,
+) -> Floor:
+    """The floor from per-token gaps of several responses.
 
     Args:
-        gaps: One float32 array [num_tokens_i] of abs(dp) per sequence; NaN (no engine log-prob) is left out.
+        gaps: One float32 array [num_tokens_i] per response; NaN (no engine log-prob) is left out.
+        group_size: Responses per prompt, which lie one after the other.
+        aggregation: What the mean is over.
         seed: Seed of the bootstrap.
-        num_resamples: Bootstrap resamples. Sequences, not tokens, are drawn: tokens of one response are not independent.
+        num_resamples: Bootstrap resamples. Prompts, not tokens, are drawn: responses to one prompt are not independent.
 
     Raises:
         EngineError: no token has a finite gap.
     """
-    sums = np.array([np.nansum(gap) for gap in gaps], dtype=np.float64)
-    counts = np.array([np.isfinite(gap).sum() for gap in gaps], dtype=np.float64)
-    if counts.sum() == 0:
+    sums, counts = _parts(gaps, aggregation)
+    num_tokens, num_finite = sum(map(len, gaps)), sum(int(np.isfinite(gap).sum()) for gap in gaps)
+    if num_finite == 0:
         raise EngineError(
-            f"the engine gave no finite log-prob for any of {sum(map(len, gaps))} sampled tokens, so there is no floor to measure. "
+            f"the engine gave no finite log-prob for any of {num_tokens} sampled tokens, so there is no floor to measure. "
             "Look for overflow: `hetero-rl eval --target bf16-transformers` shows whether the model itself is sound"
         )
-    draws = np.random.default_rng(seed).integers(0, len(gaps), (num_resamples, len(gaps)))
+    sums, counts = (values.reshape(-1, group_size).sum(axis=1) for values in (sums, counts))
+    draws = np.random.default_rng(seed).integers(0, len(sums), (num_resamples, len(sums)))
     means = sums[draws].sum(axis=1) / np.maximum(counts[draws].sum(axis=1), 1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Floor(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()), sum(map(len, gaps)) - int(counts.sum()))
+    return Floor(float(sums.sum() / counts.sum()), float(low), float(high), num_finite, num_tokens - num_finite)
+
+
+def _parts(gaps: Sequence[NDArray[np.float32]], aggregation: Aggregation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each response adds to the numerator and to the denominator of the mean: float64 [num_responses] both."""
+    sums = np.array([np.nansum(gap) for gap in gaps], dtype=np.float64)
+    counts = np.array([np.isfinite(gap).sum() for gap in gaps], dtype=np.float64)
+    return (sums, counts) if aggregation == "token" else (sums / np.maximum(counts, 1), np.minimum(counts, 1))
 
 
 def tolerance_from(value: float, unit: Literal["floor", "absolute"], floor: Floor, least: float = 0.0) -> float:
-    """The bound on the mean abs(dp): `value` times the floor and not below `least`, or `value` itself.
+    """The bound on the mean gap: `value` times the floor and not below `least`, or `value` itself.
 
     A target of 8 or more bits has a floor that the arithmetic of another CPU exceeds; nothing is served better by holding it.
+
+    Raises:
+        UsageError: the floor is 0, so that no multiple of it is a bound.
     """
-    return max(value * floor.mean, least) if unit == "floor" else value
+    tolerance = max(value * floor.mean, least) if unit == "floor" else value
+    if tolerance <= 0.0:
+        raise UsageError(
+            f"the floor is {floor.mean:g}, and no multiple of it is a bound: set constraint.tolerance_min, or constraint.tolerance with "
+            "constraint.tolerance_unit = 'absolute'"
+        )
+    return tolerance
 
 
 def out_of_reach(signal: Signal, tolerance: float, floor: Floor) -> str:

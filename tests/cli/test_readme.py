@@ -21,7 +21,7 @@ from tests.command_line import hetero_rl
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/deploy.md", "docs/verify.md", "hetero_rl/cli.py")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/deploy.md", "docs/verify.md", "docs/probes.md", "hetero_rl/cli.py")
 
 
 def commands_in(text: str) -> list[str]:
@@ -52,7 +52,9 @@ def test_commands_are_found() -> None:
     """Guards the search itself: the main ways to use the program are among what it finds."""
     shown = {command.split()[1] for command in commands_in(README)}
     assert {"train", "verify-deploy", "targets"} <= shown
-    assert {"train", "verify-deploy", "targets", "export", "eval", "report", "doctor"} <= {command.split()[1] for command in COMMANDS}
+    assert {"train", "verify-deploy", "probe", "targets", "export", "eval", "report", "doctor"} <= {
+        command.split()[1] for command in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -22,6 +22,7 @@ SCRIPTS = (
     "publish_vs_restart",
     "quantizers",
     "rollout",
+    "schedule",
     "step_vs_trl",
 )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
 from benchmarks.evidence.report import (
     Estimate,
@@ -38,6 +39,30 @@ def test_every_cell_is_a_valid_run(name: str) -> None:
         task = () if TASKS[cell.task].size is None else ("task.type=dataset", "task.path=a.jsonl", "task.heldout_path=b.jsonl")
         config, _ = load_config([], [*task, *cell.settings], cell.rollout_target)
         assert not list(unused_settings(config)), cell.key
+
+
+def test_a_suite_can_be_narrowed_and_has_no_cell_twice() -> None:
+    everything = list(cells(SUITES["finalists"]))
+    assert len(set(everything)) == len(everything)
+    some = list(cells(SUITES["finalists"], task=["addition"], seed=[3]))
+    assert {(cell.task, cell.seed) for cell in some} == {("addition", 3)}
+    assert [cell for cell in everything if cell.task == "addition" and cell.seed == 3] == some
+    assert len(list(cells([*SUITES["tolerance"], *SUITES["tolerance"]]))) == len(list(cells(SUITES["tolerance"])))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "addition"], "give --targets, --regimes, --arms, --seeds"),
+        (["--suite", "tolerance", "--arms", "ptq"], "suite 'tolerance' has no such cell"),
+        (["--suite", "screening", "--arms", "greybox"], "invalid choice: 'greybox' (choose from 'control', 'ptq'"),
+    ],
+)
+def test_a_choice_without_cells_is_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *options])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_expressions_and_sorted_lists_are_solved_by_what_they_say() -> None:
@@ -110,7 +135,7 @@ def test_a_cell_that_has_changed_is_run_again(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     lines = [{"cell": cell.key, "settings": ["loop.num_steps=2"]}, {"cell": cell.key, "settings": [*cell.settings]}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert finished(path) == {cell.key: [*cell.settings]}
+    assert finished(path) == {cell.key: ([*cell.settings], "")}
     assert [line["settings"] for line in read_runs(path)] == [[*cell.settings]]
 
 
@@ -151,7 +176,7 @@ def test_a_suite_resumes(tmp_path: Path) -> None:
     choice = ["--tasks", "addition", "--targets", "int4-onnx", "--regimes", "on_policy", "--arms", "ptq", "--seeds", "0"]
     settings = ["loop.num_steps=2", "loop.prompts_per_step=4", "evaluation.num_problems=20", "evaluation.num_final_problems=20"]
     settings += ["checkpoint.every_steps=2", "learner.warmup_steps=1"]
-    command = [sys.executable, "-m", "benchmarks.evidence", "run", "--suite", "screening", *choice, "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.evidence", "run", *choice, "--out", str(out)]
     command += ["--work", str(tmp_path / "work"), *(part for setting in settings for part in ("--set", setting))]
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from deploy_targets.errors import EngineError
-from hetero_rl.algorithm.kinds import GreyBoxForm, Signal
-from hetero_rl.algorithm.signals import advantage_side, grey_box_cost, grey_box_kl, grey_box_sampled, grey_box_top, loss_side_cost
-from hetero_rl.algorithm.tolerance import Floor, measure_floor, out_of_reach, tolerance_from
+from deploy_targets.errors import EngineError, UsageError
+from hetero_rl.algorithm.discrepancy import abs_dp
+from hetero_rl.algorithm.kinds import AdvantageForm, GreyBoxForm, Signal
+from hetero_rl.algorithm.segments import Segments
+from hetero_rl.algorithm.signals import (
+    advantage_cost,
+    advantage_side,
+    grey_box_cost,
+    grey_box_kl,
+    grey_box_sampled,
+    grey_box_top,
+    group_costs,
+    loss_side_cost,
+)
+from hetero_rl.algorithm.tolerance import Floor, mean_gap, measure_floor, out_of_reach, tolerance_from
 
 NAN = float("nan")
 
@@ -71,10 +82,35 @@ class TestSignals:
         assert engine.grad is None
 
     def test_advantage_side_has_no_gradient(self) -> None:
-        learner = logps(0.6, grad=True)
-        shaped = advantage_side(torch.tensor([1.0], dtype=torch.float64), learner, logps(0.5), 2.0)
+        mask = torch.tensor([True])
+        cost = advantage_cost("token", logps(0.6, grad=True), logps(0.5), mask, Segments.of([1]))
+        shaped = advantage_side(torch.tensor([1.0], dtype=torch.float64), cost, torch.zeros(1), 2.0)
         assert shaped.item() == pytest.approx(0.8)
         assert not shaped.requires_grad
+
+    @pytest.mark.parametrize(("form", "centers"), [("token_centered", [0.2, 0.2, 0.5]), ("response_centered", [0.225, 0.225, 0.5])])
+    def test_centred_costs_vanish_over_the_group(self, form: AdvantageForm, centers: list[float]) -> None:
+        learner, engine, lengths = logps(0.6, 0.5, 0.5, 0.9), logps(0.5, 0.3, 0.2, 0.4), [2, 1, 1]
+        mask = torch.tensor([True, True, True, True])
+        cost = advantage_cost(form, learner, engine, mask, Segments.of(lengths))
+        each = [abs_dp(learner, engine)[part].numpy() for part in (slice(0, 2), slice(2, 3), slice(3, 4))]
+        found = group_costs(form, each, ["a", "a", "b"])
+        assert found == pytest.approx(centers)
+        centered = advantage_side(torch.zeros(4, dtype=torch.float64), cost, torch.tensor([found[0], *found]), 1.0)
+        per_response = [centered[:2].mean(), centered[2]] if form == "response_centered" else [centered[:2].sum(), centered[2]]
+        assert sum(per_response).item() == pytest.approx(0.0, abs=1e-6)
+        assert centered[3].item() == pytest.approx(0.0, abs=1e-6)
+
+    def test_a_response_form_spreads_the_mean(self) -> None:
+        mask = torch.tensor([True, False, True])
+        cost = advantage_cost("response", logps(0.6, 0.5, 0.9), logps(0.5, 0.1, 0.6), mask, Segments.of([3]))
+        assert cost.tolist() == pytest.approx([0.2, 0.2, 0.2])
+
+    def test_tokens_without_an_engine_log_prob_are_no_cost(self) -> None:
+        assert group_costs("token_centered", [np.array([0.4, np.nan], np.float32), np.array([np.nan], np.float32)], [0, 1]) == [
+            pytest.approx(0.4),
+            0.0,
+        ]
 
 
 class TestTolerance:
@@ -83,6 +119,21 @@ class TestTolerance:
         assert floor.mean == pytest.approx(0.2)
         assert floor.num_tokens == 3
         assert floor.low <= floor.mean <= floor.high
+
+    def test_a_response_counts_as_much_as_the_next(self) -> None:
+        gaps = [np.array([0.1, 0.3], np.float32), np.array([0.6], np.float32), np.array([np.nan], np.float32)]
+        floor = measure_floor(gaps, aggregation="response")
+        assert (floor.mean, floor.num_tokens, floor.num_nonfinite) == (pytest.approx(0.4), 3, 1)
+        assert mean_gap(gaps, "response") == floor.mean
+        assert mean_gap(gaps, "token") == pytest.approx(1 / 3)
+
+    def test_prompts_are_resampled_not_responses(self) -> None:
+        # All responses to a prompt have one gap: eight of them say no more about the floor than one.
+        generator = np.random.default_rng(0)
+        each = [np.full(10, gap, np.float32) for gap in generator.exponential(0.1, size=40)]
+        alone = measure_floor(each)
+        eightfold = measure_floor([gap for gap in each for _ in range(8)], group_size=8)
+        assert (eightfold.low, eightfold.high) == (pytest.approx(alone.low), pytest.approx(alone.high))
 
     def test_interval_covers_the_truth(self) -> None:
         generator = np.random.default_rng(0)
@@ -103,6 +154,8 @@ class TestTolerance:
         assert tolerance_from(0.7, "absolute", floor) == 0.7
         assert tolerance_from(0.7, "floor", floor, least=0.05) == 0.05
         assert tolerance_from(0.01, "absolute", floor, least=0.05) == 0.01
+        with pytest.raises(UsageError, match=r"no multiple of it is a bound: set constraint\.tolerance_min"):
+            tolerance_from(1.0, "floor", Floor(0.0, 0.0, 0.0, 10))
 
     @pytest.mark.parametrize(
         ("signal", "tolerance", "said"),

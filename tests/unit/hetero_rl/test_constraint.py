@@ -33,6 +33,16 @@ def test_free_inside_the_tolerance() -> None:
     assert run(DualState(0.3), [0.01] * 20).multiplier == 0.0
 
 
+def test_a_least_lambda_stays_inside_the_tolerance_and_yields_to_a_lower_bound() -> None:
+    held = replace(CONFIG, lambda_min=0.5)
+    assert run(DualState(0.8), [0.01] * 20, held).multiplier == 0.5
+    assert run(DualState(0.1), [0.01], held).multiplier == 0.5
+    assert run(DualState(0.8), [0.01] * 20, replace(held, controller="pid", kp=0.5)).multiplier == 0.5
+    given_up = run(DualState(2.0), [0.05] * 10, held)
+    assert given_up.infeasible
+    assert given_up.multiplier == 0.3
+
+
 def test_never_beyond_the_cap() -> None:
     assert run(DualState(0.0), [1.0] * 4).multiplier == 2.0
 

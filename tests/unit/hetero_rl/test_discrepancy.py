@@ -11,18 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from hetero_rl.algorithm.discrepancy import (
-    AGGREGATIONS,
-    MEASURES,
-    Aggregation,
     GapSums,
-    Measure,
-    MeasureSums,
     abs_dp,
     discrepancy,
     k3,
-    masked_mean,
-    split_gap,
+    token_gap,
 )
+from hetero_rl.algorithm.discrepancy import split_gap as split_by_response
+from hetero_rl.algorithm.kinds import MEASURES, Measure
 from hetero_rl.algorithm.segments import Segments
 
 NAN = float("nan")
@@ -41,6 +37,11 @@ DEFINITIONS: dict[Measure, tuple[Callable[[Array, Array], Array], Callable[[Arra
 
 def logps(*probabilities: float) -> torch.Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def split_gap(now: torch.Tensor, old: torch.Tensor, engine: torch.Tensor, measure: Measure = "abs_dp") -> GapSums:
+    """Of tokens that are all of one response."""
+    return split_by_response(now, old, engine, Segments.of([len(now)]), measure)
 
 
 def random_probabilities(seed: int, size: int = 200) -> tuple[Array, Array]:
@@ -95,53 +96,46 @@ def test_chi2_is_unbiased_for_the_variance_of_the_ratio() -> None:
 def test_unknown_names_list_the_known() -> None:
     with pytest.raises(ValueError, match=r"'kl'.*abs_dp, abs_log_ratio, k1, k2, k3, chi2"):
         discrepancy("kl", logps(0.5), logps(0.5))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'median'.*token_mean, sequence_mean, max"):
-        MeasureSums().value("median")  # type: ignore[arg-type]
 
 
-def test_masked_mean_ignores_nan_outside() -> None:
-    assert masked_mean(torch.tensor([1.0, NAN, 3.0]), torch.tensor([True, False, True])) == 2.0
-    assert masked_mean(torch.tensor([NAN]), torch.tensor([False])) == 0.0
+def test_token_gap_is_nan_where_the_engine_gave_nothing() -> None:
+    learner, engine = (np.log(np.array(p, np.float32)) for p in ([0.6, 0.5, 0.2], [0.3, 0.45, 0.4]))
+    engine[1] = np.inf
+    np.testing.assert_allclose(token_gap(learner, engine), [0.3, NAN, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(token_gap(learner, engine, "k1"), [-math.log(2), NAN, math.log(2)], rtol=1e-6)
 
 
-class TestAggregations:
-    def sums(self, lengths: list[int], values: Array, mask: NDArray[np.bool_]) -> MeasureSums:
-        return MeasureSums.of(torch.from_numpy(values), torch.from_numpy(mask), Segments.of(lengths))
+class TestByResponse:
+    def gap(self, lengths: list[int], learner: Array, engine: Array) -> GapSums:
+        logps = (torch.from_numpy(p).log() for p in (learner, learner, engine))
+        return split_by_response(*logps, Segments.of(lengths), aggregation="response")
 
-    def test_against_numpy(self) -> None:
-        generator = np.random.default_rng(1)
-        lengths, values, mask = [5, 1, 7, 3], generator.normal(size=16), generator.random(16) < 0.7
-        mask[5] = False  # The second response has no counted token at all.
-        parts = [(v[m]) for v, m in zip(np.split(values, [5, 6, 13]), np.split(mask, [5, 6, 13]), strict=True)]
-        values[~mask] = NAN
-        sums = self.sums(lengths, values, mask)
-        assert sums.value("token_mean") == pytest.approx(np.concatenate(parts).mean(), abs=1e-6)
-        assert sums.value("sequence_mean") == pytest.approx(np.mean([part.mean() for part in parts if part.size]), abs=1e-6)
-        assert sums.value("max") == pytest.approx(np.concatenate(parts).max(), abs=1e-6)
+    def test_is_the_mean_of_the_means(self) -> None:
+        (learner, engine), lengths = random_probabilities(1, 16), [5, 1, 7, 3]
+        engine[5] = NAN  # The second response has no counted token at all.
+        engine[7] = NAN
+        parts = [part[np.isfinite(part)] for part in np.split(np.abs(learner - engine), [5, 6, 13])]
+        gap = self.gap(lengths, learner, engine)
+        assert gap.mean_engine_gap == pytest.approx(np.mean([part.mean() for part in parts if part.size]))
+        assert (gap.num_gaps, gap.num_tokens, gap.mean_staleness_gap) == (3, 14, 0)
 
-    @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-    def test_no_aggregate_depends_on_the_cut(self, aggregation: Aggregation) -> None:
-        values, mask = np.array([0.1, 0.5, 0.2, -0.3, 0.9]), np.array([True, True, False, True, True])
-        whole = self.sums([2, 1, 2], values, mask)
-        parts = self.sums([2], values[:2], mask[:2]) + self.sums([1, 2], values[2:], mask[2:])
-        assert parts.value(aggregation) == pytest.approx(whole.value(aggregation))
+    def test_does_not_depend_on_the_cut(self) -> None:
+        learner, engine = random_probabilities(5, 6)
+        parts = self.gap([2], learner[:2], engine[:2]) + self.gap([1, 3], learner[2:], engine[2:])
+        assert parts.mean_engine_gap == pytest.approx(self.gap([2, 1, 3], learner, engine).mean_engine_gap)
 
-    @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-    def test_nothing_counted_is_nan(self, aggregation: Aggregation) -> None:
-        assert math.isnan(self.sums([2], np.array([NAN, NAN]), np.array([False, False])).value(aggregation))
-        assert math.isnan(MeasureSums().value(aggregation))
-
-    def test_a_part_without_tokens_adds_nothing(self) -> None:
-        some = self.sums([2], np.array([-0.5, -0.1]), np.array([True, True]))
-        assert some + MeasureSums() == some
+    def test_nothing_counted_is_nan(self) -> None:
+        nothing = self.gap([2], np.array([0.5, 0.5]), np.array([NAN, NAN]))
+        assert math.isnan(nothing.mean_engine_gap)
+        assert math.isnan(nothing.mean_staleness_gap)
 
 
 class TestSplitGap:
     def test_engine_and_staleness_stay_apart(self) -> None:
         now, old, engine = logps(0.6, 0.5), logps(0.5, 0.5), logps(0.3, 0.45)
         gap = split_gap(now, old, engine)
-        assert gap.mean(gap.engine_gap) == pytest.approx((0.2 + 0.05) / 2)
-        assert gap.mean(gap.staleness_gap) == pytest.approx(0.1 / 2)
+        assert gap.mean_engine_gap == pytest.approx((0.2 + 0.05) / 2)
+        assert gap.mean_staleness_gap == pytest.approx(0.1 / 2)
 
     @pytest.mark.parametrize("measure", MEASURES)
     def test_both_parts_are_in_the_measure(self, measure: Measure) -> None:
@@ -158,7 +152,7 @@ class TestSplitGap:
         clean = split_gap(now[:2], now[:2], logps(0.3, 0.45))
         dirty = split_gap(now, now, torch.cat([logps(0.3, 0.45), torch.tensor([bad], dtype=torch.float64)]))
         assert (dirty.num_tokens, dirty.num_nonfinite) == (2, 1)
-        assert dirty.mean(dirty.engine_gap) == clean.mean(clean.engine_gap)
+        assert dirty.mean_engine_gap == clean.mean_engine_gap
         assert dirty.mean(dirty.kl_k3) == clean.mean(clean.kl_k3)
 
     def test_sums_do_not_depend_on_the_cut(self) -> None:

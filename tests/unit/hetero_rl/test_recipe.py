@@ -16,7 +16,8 @@ PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ([], f"{PLAIN}, signal grey_box (kl) with lambda by dual ascent, 1 at first and 4 at most"),
+        ([], f"{PLAIN}, signal grey_box (kl) with lambda by dual ascent, 0.3 at first, 0.3 at least and 4 at most"),
+        (["recipe=none"], f"{PLAIN}, signal grey_box (kl) with lambda by dual ascent, 1 at first and 4 at most"),
         (["constraint.signal=off"], f"{PLAIN}, the gap measured and not bounded"),
         (["constraint.signal=loss"], f"{PLAIN}, signal loss with lambda by dual ascent, 0.3 at first and 0.3 at most"),
         (["constraint.controller=fixed", "constraint.lambda_init=0.5"], f"{PLAIN}, signal grey_box (kl) with lambda 0.5"),
@@ -26,8 +27,8 @@ PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
         ),
         (
             ["learner.forward=fake_quant", "constraint.controller=pid"],
-            f"{PLAIN}, a learner that computes with the rounded weights, signal grey_box (kl) with lambda by a PID controller, 1 at first "
-            "and 4 at most",
+            f"{PLAIN}, a learner that computes with the rounded weights, signal grey_box (kl) with lambda by a PID controller, 0.3 at "
+            "first, 0.3 at least and 4 at most",
         ),
     ],
 )
@@ -68,6 +69,9 @@ def test_settings_win_over_the_recipe() -> None:
     named = load_config([], ["recipe=guard", "constraint.signal=grey_box"], "int4-onnx")[0].constraint
     assert named.first_multiplier == 0.0, "naming the recipe's own signal changes nothing"
     assert load_config([], ["recipe=plain"], "int4-onnx")[0].constraint.signal == "off"
+    fixed = load_config([], ["constraint.controller=fixed"], "int4-onnx")[0].constraint
+    assert (fixed.first_multiplier, fixed.lambda_min) == (0.3, 0.0), "a lambda that stays has no bounds"
+    assert load_config([], ["recipe=none", "constraint.signal=grey_box"], "int4-onnx")[0].constraint.first_multiplier == 1.0
     config, profile = load_config([], ["recipe=none"], "bf16-vllm")
     assert config.constraint.signal == "grey_box"
     assert recipe_lines(config, profile)[0] == "recipe none: the defaults of every setting"

@@ -22,6 +22,9 @@ from tests.unit.test_benchmarks import ROOT
         (["constraint.grey_box_form='top'", "constraint.signal='loss'"], ["constraint.grey_box_form"]),
         (["constraint.signal='off'", "constraint.eta=0.2", "constraint.lambda_init=0.5"], ["constraint.lambda_init", "constraint.eta"]),
         (["constraint.controller='fixed'", "constraint.patience=5", "constraint.lambda_init=0.5"], ["constraint.patience"]),
+        (["constraint.advantage_form='response'"], ["constraint.advantage_form"]),
+        (["constraint.advantage_form='response'", "constraint.signal='advantage'"], []),
+        (["constraint.tolerance_min=0.1", "constraint.tolerance_unit='absolute'"], ["constraint.tolerance_min"]),
         (["loop.num_steps=10", "learner.warmup_steps=11"], ["learner.lr"]),
         (["loop.num_steps=10", "learner.warmup_steps=10"], []),
     ],
@@ -41,6 +44,8 @@ def test_lambda_above_its_bound_is_refused() -> None:
         load_config([], ["constraint.lambda_init=2.0", "constraint.lambda_max=1.0"])
     with pytest.raises(ProfileError, match=r"lambda_init = 1 is above constraint\.lambda_max = 0\.3, the bound of signal 'loss'"):
         load_config([], ["constraint.signal=loss", "constraint.lambda_init=1.0"])
+    with pytest.raises(ProfileError, match=r"lambda_min = 0\.3 is above constraint\.lambda_max = 0\.2"):
+        load_config([], ["constraint.lambda_init=0.1", "constraint.lambda_max=0.2"])
     assert RunConfig.model_validate({"constraint": {"signal": "loss"}}).constraint.multiplier_cap == 0.3
 
 
@@ -53,6 +58,7 @@ def test_lambda_above_its_bound_is_refused() -> None:
         (["algorithm.score_centering=true", "learner.forward='fake_quant'"], "nothing to centre"),
         (["constraint.signal=flatness", "learner.forward=fake_quant"], "learner.forward = 'fake_quant' needs the target's own"),
         (["loop.publish_gate=1.1", "loop.publish_every=2", "checkpoint.every_steps=2"], "judges and undoes single steps"),
+        (["constraint.measure='k1'"], "multiples of its floor bound nothing"),
         (["algorithm.correction='mis'", "algorithm.correction_low=3.0"], "is above algorithm.correction_high = 2"),
     ],
 )

@@ -22,7 +22,7 @@ ROW = dict.fromkeys(METRICS, 0.5) | SECONDS | {"step": 10.0, "perf/step_s": 6.5,
 def shown(*, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=160, no_color=True, legacy_windows=False)
-    state = LoopState(0, 0, DualState(0.0), Floor(0.02, 0.01, 0.03, 4096), 0.75, (), 0.0)
+    state = LoopState(0, 0, DualState(0.0), Floor(0.02, 0.01, 0.03, 4096), 0.75, 0.02, 0.75, (), 0.0)
     with View(console) as view:
         view.start(RunConfig(), load_profile("fake"), state)
         view.step(ROW)
