@@ -102,10 +102,10 @@ def measuring_seconds(learner: Learner, sequences: list[TrainSequence]) -> Calla
         for _ in range(REPEATS):
             gap = GapSums()
             for learner_logp, old_logp, engine_logp, segments in parts:
-                gap = gap + split_gap(learner_logp, old_logp, engine_logp)
+                gap = gap + split_gap(learner_logp, old_logp, engine_logp, segments)
                 mask = torch.isfinite(engine_logp)
                 correction_weights(CORRECTION, old_logp, engine_logp, mask, segments, DEFAULT_BOUNDS[CORRECTION])
-            dual_step(DualState(MULTIPLIER), gap.mean(gap.engine_gap), config)
+            dual_step(DualState(MULTIPLIER), gap.mean_engine_gap, config)
         return (time.perf_counter() - start) / REPEATS
 
     return run

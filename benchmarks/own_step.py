@@ -81,7 +81,7 @@ class OwnStep:
         advantage = advantages(self.config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
         rollout_sequences = train_sequences(rollouts, advantage.numpy())
         gap = learner.update(rollout_sequences, state.dual.multiplier).sums.gap
-        dual = dual_step(state.dual, gap.mean(gap.engine_gap), self._dual_config)
+        dual = dual_step(state.dual, gap.mean_engine_gap, self._dual_config)
         learned = time.perf_counter()
         stats = publisher.publish(state.weight_version + 1)
         end = time.perf_counter()

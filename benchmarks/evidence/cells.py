@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
+
+from hetero_rl.recipe import RECIPES
 
 TARGETS = Path(__file__).parent / "targets"
 """Profiles of targets that are compared and not shipped."""
@@ -41,6 +44,7 @@ PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.em
 FLOORS = {"q2_k-llamacpp": 0.048, "int4-onnx": 0.0105}
 """Measured; the published eta of 1 per unit of the gap is one floor per unit of relative violation."""
 OFF = ("constraint.signal=off",)
+SHIPPED = tuple(f"constraint.{key}={value}" for key, value in RECIPES["grey_box"].settings["constraint"].items())
 
 
 def corrected(*settings: str) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ def held(multiplier: float, *settings: str) -> tuple[str, ...]:
 
 
 def bounded(tolerance: float) -> Arm:
-    """The recipe `grey_box` with another bound."""
+    """`grey_dual` with another bound."""
     return Arm(f"grey box, dual ascent to {tolerance:g} x floor", (f"constraint.tolerance={tolerance}",), ours=True, tolerance=tolerance)
 
 
@@ -73,12 +77,14 @@ ARMS = {
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
     "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
     "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
-    "grey_dual": Arm("grey box, dual ascent to 1 x floor (recipe `grey_box`)", ours=True, drawn=True, tolerance=1.0),
+    "recipe": Arm("the shipped recipe `grey_box`", SHIPPED, ours=True, drawn=True),
+    "grey_dual": Arm("grey box, dual ascent to 1 x floor", ours=True, tolerance=1.0),
     "grey_top": Arm("grey box over the top 16 tokens, lambda 0.3", held(0.3, "constraint.grey_box_form=top"), ours=True),
     "grey_sampled": Arm("grey box of the sampled token, lambda 0.3", held(0.3, "constraint.grey_box_form=sampled"), ours=True),
     "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
     "flatness": Arm("rounding errors at random signs, lambda 0.3", held(0.3, "constraint.signal=flatness"), ours=True),
     "fake_quant_grey": Arm("both: rounded weights, and grey box with lambda 0.3", held(0.3, "learner.forward=fake_quant"), ours=True),
+    "fake_quant_recipe": Arm("both: rounded weights, and the shipped recipe", (*SHIPPED, "learner.forward=fake_quant"), ours=True),
     **{f"grey_{bound:g}x": bounded(bound) for bound in (0.5, 0.7, 1.5, 2.0)},
 }  # fmt: skip
 SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=lambda name: ARMS[name].tolerance or 0.0))
@@ -88,6 +94,7 @@ REGIMES = {
     "on_policy": (),
     "stale": ("learner.updates_per_rollout=4",),
     "high_lr": ("learner.lr=1e-3",),
+    "one_step_off": ("loop.schedule=one_step_off",),
 }
 
 
@@ -151,40 +158,50 @@ class Cell:
         return (*COMMON, *TASKS[self.task].settings, *REGIMES[self.regime], *arm, *eta, f"loop.seed={self.seed}")
 
 
-FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey_share", "grey_dual")
-SUITES: dict[str, dict[str, Sequence[str]]] = {
-    "screening": {
-        "tasks": ("addition",),
-        "targets": ("q2_k-llamacpp", "int4-onnx"),
-        "regimes": ("on_policy", "stale", "high_lr"),
-        "arms": tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual"),
-        "seeds": ("0", "1"),
-    },
-    "tolerance": {
-        "tasks": ("addition",),
-        "targets": ("q2_k-llamacpp", "int4-onnx"),
-        "regimes": ("on_policy",),
-        "arms": (*SWEEP, "grpo"),
-        "seeds": ("0", "1", "2"),
-    },
-    "finalists": {
-        "tasks": ("addition", "expression", "sorting"),
-        "targets": ("int4-onnx", "q2_k-llamacpp"),
-        "regimes": ("on_policy", "stale"),
-        "arms": FINALISTS,
-        "seeds": ("0", "1", "2", "3", "4"),
-    },
-    "gpu": {
-        "tasks": ("expression_100M",),
-        "targets": ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"),
-        "regimes": ("on_policy", "stale"),
-        "arms": FINALISTS,
-        "seeds": ("0", "1", "2", "3", "4"),
-    },
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Every combination of these."""
+
+    tasks: Sequence[str]
+    targets: Sequence[str]
+    regimes: Sequence[str]
+    arms: Sequence[str]
+    seeds: Sequence[int]
+
+
+FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey_dual", "recipe", "fake_quant_recipe")
+FEW = ("control", "ptq", "grpo", "fake_quant", "recipe")
+FIVE = (0, 1, 2, 3, 4)
+ALL = tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual")
+SUITES: dict[str, tuple[Block, ...]] = {
+    "screening": (
+        Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), ALL, (0, 1)),
+        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), FEW, (0, 1)),
+        Block(("addition",), ("int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy",), ("control", "ptq", "grpo", "tis", "recipe"), (0, 1)),
+    ),
+    "tolerance": (Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), (*SWEEP, "grpo"), (0, 1)),),
+    "finalists": (
+        Block(("addition",), ("q2_k-llamacpp",), ("on_policy", "stale"), FINALISTS, FIVE),
+        Block(("expression",), ("q2_k-llamacpp",), ("on_policy",), FINALISTS, FIVE),
+        Block(("addition",), ("int4-onnx",), ("on_policy",), FINALISTS, FIVE),
+        Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), FEW, FIVE),
+        Block(("addition",), ("q2_k-llamacpp",), ("one_step_off",), ("recipe",), FIVE),
+        Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), FEW, (0, 1)),
+    ),
+    "gpu": (Block(("expression_100M",), ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy", "stale"), FINALISTS, FIVE),),
 }
+"""Sized for two cores: screening under two seeds, finalists under five; a run takes two to ten minutes of a core."""
 
 
-def cells(choice: dict[str, Sequence[str]], reference: str = FULL_PRECISION) -> Iterator[Cell]:
-    """Every combination, seed by seed, so that an early stop leaves whole comparisons."""
-    for seed, task, target, regime, arm in product(*(choice[key] for key in ("seeds", "tasks", "targets", "regimes", "arms"))):
-        yield Cell(task, target, regime, arm, int(seed), reference)
+def cells(blocks: Iterable[Block], reference: str = FULL_PRECISION, **only: Sequence[Any]) -> Iterator[Cell]:
+    """The cells of `blocks`, those alone whose fields (`task`, `target`, ...) are in `only`.
+
+    Seed by seed within a block, so that an early stop leaves whole comparisons.
+    """
+    seen = set()
+    for block in blocks:
+        for seed, task, target, regime, arm in product(block.seeds, block.tasks, block.targets, block.regimes, block.arms):
+            cell = Cell(task, target, regime, arm, seed, reference)
+            if cell not in seen and all(getattr(cell, field) in values for field, values in only.items()):
+                seen.add(cell)
+                yield cell

@@ -24,6 +24,7 @@ from benchmarks.evidence.cells import ARMS, TASKS, Cell
 from benchmarks.evidence.tasks import write_files
 from benchmarks.evidence.warm_start import SIZES, warm_start
 from deploy_targets.hardware import describe_machine, package_versions
+from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import read_metrics
 from hetero_rl.run_folder import ENVIRONMENT_FILE
 
@@ -34,22 +35,21 @@ COLLAPSE = 0.5
 """A run has collapsed when it ends below this share of its best deployed accuracy."""
 
 
-def finished(path: Path) -> dict[str, list[str]]:
-    """Cell -> settings of its last line in `path`."""
+def finished(path: Path) -> dict[str, tuple[list[str], str]]:
+    """Cell -> settings and warm start of its last line in `path`."""
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return {line["cell"]: line["settings"] for line in map(json.loads, lines)}
+    return {line["cell"]: (line["settings"], line.get("warm_start", "")) for line in map(json.loads, lines)}
 
 
 def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int, extra: Sequence[str] = ()) -> int:
     """Run what has no line in `out` yet, with `extra` settings on top; returns the number of runs that failed."""
-    done = finished(out)
-    waiting = [cell for cell in wanted if done.get(cell.key) != [*cell.settings, *extra]]
+    done, wanted = finished(out), list(wanted)
+    for task in dict.fromkeys(cell.task for cell in wanted):
+        prepare(task, work)
+    waiting = [cell for cell in wanted if done.get(cell.key) != ([*cell.settings, *extra], warm_start_sha256(cell.task, work))]
     # Last, because it is an evaluation of what `control` trained: at its side it would only wait, and keep a core from others.
     waiting.sort(key=lambda cell: cell.arm == "ptq")
     print(f"{len(waiting)} runs to do, {len(done)} done", file=sys.stderr)
-    work.mkdir(parents=True, exist_ok=True)
-    for task in dict.fromkeys(cell.task for cell in waiting):
-        prepare(task, work)
     cores: SimpleQueue[list[int]] = SimpleQueue()
     usable = sorted(os.sched_getaffinity(0))
     for job in range(num_jobs):
@@ -77,6 +77,7 @@ def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int, extr
 def prepare(task: str, work: Path) -> None:
     """Problems and warm start of a task, made once."""
     size = TASKS[task].size
+    work.mkdir(parents=True, exist_ok=True)
     if size is None or (work / task / "model" / "config.json").is_file():
         return
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -86,6 +87,11 @@ def prepare(task: str, work: Path) -> None:
         warm_start(task, SIZES[size], made / "model")
         shutil.rmtree(work / task, ignore_errors=True)
         shutil.move(made, work / task)
+
+
+def warm_start_sha256(task: str, work: Path) -> str:
+    """Of the weights that runs of `task` begin with; "" for the shipped model."""
+    return "" if TASKS[task].size is None else sha256_of(work / task / "model" / "model.safetensors")
 
 
 def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -122,6 +128,7 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         "learner_s": sum(row["perf/learner_s"] for row in rows[1:]),
         "seconds": time.time() - start,
         "settings": [*cell.settings, *extra],
+        "warm_start": warm_start_sha256(cell.task, work),
         "reference": cell.reference,
         "git_commit": commit,
         "machine": asdict(describe_machine()),
@@ -138,7 +145,8 @@ def trained(cell: Cell, work: Path, folder: Path, cores: list[int], extra: Seque
         call([*arguments, "--run-dir", str(folder / "run")], cores)
         yield folder / "run"
         return
-    kept = work / "full-precision" / sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+    made_of = json.dumps(arguments) + warm_start_sha256(cell.task, work)
+    kept = work / "full-precision" / sha256(made_of.encode()).hexdigest()[:16]
     with _SHARED.setdefault(kept, Lock()):
         if not kept.is_dir():
             call([*arguments, "--run-dir", str(folder / "run")], cores)
