@@ -41,6 +41,7 @@ app.add_typer(targets_app, name="targets")
 
 ConfigOption = Annotated[list[Path] | None, typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="table.key=value, wins over every file.")]  # noqa: UP045
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="Of the run: newest, best (by deployed accuracy), or a step.")]
 TargetOption = Annotated[Optional[str], typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")]  # noqa: UP045
 
 
@@ -68,11 +69,12 @@ def export(
     bundle: Annotated[Optional[Path], typer.Option(help="The artifact as one file that travels (tar, zstd); must not exist.")] = None,  # noqa: UP045
     sign: Annotated[Optional[Path], typer.Option(help="Sign the artifact with this private key (PEM, elliptic curve).")] = None,  # noqa: UP045
     target: TargetOption = None,
+    checkpoint: CheckpointOption = "newest",
 ) -> None:
-    """Export the newest checkpoint of a run as an artifact; --target: for another target. An artifact is packed or signed as it is."""
+    """Export a checkpoint of a run as an artifact; --target: for another target. An artifact is packed or signed as it is."""
     from hetero_rl.commands import run_export
 
-    run_export(_console(), run, target, out, bundle, sign)
+    run_export(_console(), run, target, out, bundle, sign, checkpoint)
 
 
 @app.command(epilog="Example:  hetero-rl probe Qwen/Qwen3-0.6B --out qwen3.st --prompts prompts.jsonl --target q4_k_m-llamacpp")
@@ -157,11 +159,12 @@ def evaluate(
     config: ConfigOption = None,
     settings: SetOption = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers as JSON.")] = None,  # noqa: UP045
+    checkpoint: CheckpointOption = "newest",
 ) -> None:
     """Measure deployed and bf16 accuracy and the discrepancy, without training; RUN with --target: its weights on another target."""
     from hetero_rl.commands import run_evaluation
 
-    run_evaluation(_console(), run, target, config or [], settings or [], json_file)
+    run_evaluation(_console(), run, target, config or [], settings or [], json_file, checkpoint)
 
 
 @app.command(epilog="Example:  hetero-rl report runs/RUN")

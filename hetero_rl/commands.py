@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
-from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
+from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import ProbeSet, read_probes, write_probes
@@ -25,7 +26,17 @@ from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_
 from hetero_rl.errors import RunFolderError
 from hetero_rl.foreign import Foreign
 from hetero_rl.inputs import check_inputs
-from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.run_folder import (
+    PROFILE_FILE,
+    RunFolder,
+    check_free,
+    check_output,
+    check_same_run,
+    create_run,
+    default_run_dir,
+    locked,
+    open_run,
+)
 from hetero_rl.unused_settings import unused_settings
 
 if TYPE_CHECKING:
@@ -52,7 +63,7 @@ def run_training(
         check_free(run_dir or default_run_dir(profile.name))
     inputs = check_inputs(config, profile)
     for sentence in () if resume else unused_settings(config):
-        console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False, soft_wrap=True)
+        _warn(console, sentence)
     if dry_run:
         console.print_json(config.model_dump_json())
         fits = f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; everything fits"
@@ -64,7 +75,7 @@ def run_training(
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
 
-    with View(console) as view:
+    with locked(run.path), View(console) as view:
         result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
@@ -73,7 +84,7 @@ def run_training(
             highlight=False,
             soft_wrap=True,
         )
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + (result.stopped_by or signal.SIGINT)
     if result.start_accuracy is not None and result.final_accuracy is not None:
         console.print(
             f"deployed accuracy {result.start_accuracy:.1%} -> {result.final_accuracy:.1%} on {config.evaluation.num_final_problems} "
@@ -87,8 +98,10 @@ def run_training(
     return 0
 
 
-def run_export(console: Console, source: Path, target: str | None, out: Path | None, bundle: Path | None, sign: Path | None) -> None:
-    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request.
+def run_export(
+    console: Console, source: Path, target: str | None, out: Path | None, bundle: Path | None, sign: Path | None, which: str = "newest"
+) -> None:
+    """`export`: a checkpoint of a run (`newest`, `best`, or a step), quantized, served, probed, sealed; for another `target` on request.
 
     Where `source` is an artifact already, its bytes stay as they are: it is only signed and packed.
     """
@@ -97,6 +110,8 @@ def run_export(console: Console, source: Path, target: str | None, out: Path | N
         raise UsageError(
             f"{source} is an artifact already: give --bundle or --sign. --out and --target want the run folder that it came from"
         )
+    if is_artifact and which != "newest":
+        raise UsageError(f"{source} is an artifact already: --checkpoint wants the run folder that it came from")
     if out is None and bundle is None and not (is_artifact and sign):
         raise UsageError("export needs --out FOLDER, --bundle FILE or both" + (", or --sign KEY" if is_artifact else ""))
     for path, option in ((out, "--out"), (bundle, "--bundle")):
@@ -114,23 +129,24 @@ def run_export(console: Console, source: Path, target: str | None, out: Path | N
         return
     with tempfile.TemporaryDirectory(dir=(out or bundle or source).resolve().parent) as scratch:
         folder = out or Path(scratch) / "artifact"
-        accuracy = _export_run(console, source, target, folder)
+        accuracy = _export_run(console, source, target, folder, which)
         console.print(f"deployed accuracy {accuracy:.1%}", highlight=False)
         sign_and_pack(console, folder, bundle, sign)
     if out is not None:
         console.print(f"artifact {out}", highlight=False, soft_wrap=True)
 
 
-def _export_run(console: Console, run_path: Path, target: str | None, out: Path) -> float:
+def _export_run(console: Console, run_path: Path, target: str | None, out: Path, which: str) -> float:
     run, config, profile, same_target = _opened(run_path, target)
     _prepare_process()
     inputs = check_inputs(config, profile)
+    from hetero_rl.checkpoint import chosen_checkpoint
     from hetero_rl.export import export_artifact
     from hetero_rl.loop import measure_start
-    from hetero_rl.parts import assemble, newest_checkpoint
+    from hetero_rl.parts import assemble
     from hetero_rl.view import View
 
-    checkpoint = newest_checkpoint(run)
+    checkpoint = chosen_checkpoint(run.checkpoints, which, lambda text: _warn(console, text))
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
@@ -231,10 +247,10 @@ def _measured(
 
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
     if manifest.task is not None and reward is None:
-        console.print(
-            f"[yellow]warning:[/yellow] the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
+        _warn(
+            console,
+            f"the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
-            soft_wrap=True,
         )
     with console.status("replaying probes") as status, ExitStack() as stack:
         engine, asked = opened_engine(folder, manifest, server, model)
@@ -251,9 +267,15 @@ def _measured(
 
 
 def run_evaluation(
-    console: Console, run_path: Path | None, target: str | None, files: Sequence[Path], settings: Sequence[str], json_file: Path | None
+    console: Console,
+    run_path: Path | None,
+    target: str | None,
+    files: Sequence[Path],
+    settings: Sequence[str],
+    json_file: Path | None,
+    which: str = "newest",
 ) -> None:
-    """`eval`: accuracy on both machines and the gap, for a run's newest checkpoint or for a model as it is."""
+    """`eval`: accuracy on both machines and the gap, for a checkpoint of a run or for a model as it is."""
     check_output(json_file, "--json")
     run, same_target = None, True
     if run_path is not None:
@@ -264,11 +286,12 @@ def run_evaluation(
         config, profile = load_config(files, settings, target)
     _prepare_process()
     inputs = check_inputs(config, profile)
+    from hetero_rl.checkpoint import chosen_checkpoint
     from hetero_rl.loop import evaluate, measure_start
-    from hetero_rl.parts import assemble, newest_checkpoint
+    from hetero_rl.parts import assemble
     from hetero_rl.view import View
 
-    checkpoint = newest_checkpoint(run) if run is not None else None
+    checkpoint = chosen_checkpoint(run.checkpoints, which, lambda text: _warn(console, text)) if run is not None else None
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
@@ -320,6 +343,10 @@ def _resumed(
             f"({run_dir / PROFILE_FILE}). Resume without --target, --config and --set, or start a new run"
         )
     return run, new, profile
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
 
 
 def _require_runnable(profile: TargetProfile) -> None:

@@ -149,7 +149,7 @@ def test_changed_probe_is_named(artifact: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """A run that was killed (SIGKILL) after its third step, its checkpoint being of the second."""
+    """A run that was killed (SIGKILL) after its third step, its last whole checkpoint being of the second."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hetero_rl", *TRAIN, "--run-dir", "run"], cwd=tmp_path, env=environment_of({}), stdout=subprocess.DEVNULL
     )
@@ -159,6 +159,9 @@ def killed(tmp_path: Path) -> Path:
         time.sleep(0.01)
     process.kill()
     process.wait()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000003")
+    os.truncate(next((checkpoints / "step-000003" / "learner").iterdir()), 1000)
     return tmp_path / "run"
 
 
@@ -166,6 +169,7 @@ def test_resume_equals_uninterrupted(run: Path, killed: Path) -> None:
     assert not (killed / "artifact").exists()
     result = hetero_rl("train", "--resume", "--run-dir", killed, cwd=killed.parent)
     assert result.returncode == 0, result.stderr
+    assert "step-000003 is damaged and left aside: learner/" in result.stdout
     assert [exact(row) for row in read_metrics(killed)] == [exact(row) for row in read_metrics(run)]
     assert sha256_of(killed / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
 
@@ -175,7 +179,8 @@ def test_resume_refuses_another_recipe(run: Path, tmp_path: Path) -> None:
     fails(result, 2, "learner.lr", "0.0001 -> 1.0")
 
 
-def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint(signum: int, exit_code: int, tmp_path: Path) -> None:
     settings = with_settings("loop.num_steps=500", "checkpoint.every_steps=400")
     process = subprocess.Popen(
         [sys.executable, "-m", "hetero_rl", *TRAIN, *settings, "--run-dir", "run"],
@@ -185,9 +190,10 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
     deadline = time.monotonic() + 240
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    fails(hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path), 2, f"in use by process {process.pid} on")
+    os.kill(process.pid, signum)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == exit_code, err
     assert "--resume" in out
     assert "Traceback" not in err
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
