@@ -100,11 +100,12 @@ def test_a_function_that_hangs_is_given_up(user_module: str) -> None:
         reward(PROBLEMS, ["2", "10"])
 
 
-@pytest.mark.parametrize(
-    "user_module",
-    ["def fails(completions, **columns):\n    raise TimeoutError('judge')\ndef good(completions, **columns):\n    return [1, 0]\n"],
-    indirect=True,
+TWO_JUDGES = (
+    "def fails(completions, **columns):\n    raise TimeoutError('judge')\n\n\ndef good(completions, **columns):\n    return [1, 0]\n"
 )
+
+
+@pytest.mark.parametrize("user_module", [TWO_JUDGES], indirect=True)
 def test_a_deadline_changes_nothing_else(user_module: str) -> None:
     assert load_reward([RewardTerm(name=f"{user_module}:good")], 60)(PROBLEMS, ["2", "10"]) == [1, 0]
     with pytest.raises(RewardError, match="TimeoutError: judge"):
