@@ -96,9 +96,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def check_free(path: Path) -> None:
-    """Raises `RunFolderError` when the folder of a new run already holds something; makes nothing."""
+    """Raises `RunFolderError` when the folder of a new run already holds more than one that was killed before it began; makes nothing."""
     try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        begun = {name + end for name in (PROFILE_FILE, ENVIRONMENT_FILE, CONFIG_FILE) for end in ("", ".partial")} - {CONFIG_FILE}
+        taken = path.exists() and (not path.is_dir() or any(entry.name not in begun for entry in path.iterdir()))
     except OSError as error:
         raise RunFolderError(f"run folder {path} cannot be written: {error.strerror}. Give another one with --run-dir") from None
     if taken:

@@ -92,7 +92,7 @@ def test_verify_deploy(run: Path, tmp_path: Path) -> None:
     assert {"mean", "p99", "max", "interval"} <= set(report["gap"])
     assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"])
     assert report["gap"]["num_tokens"] >= 512
-    num_probes = report["gap"]["num_sequences"] + sum(kind["gap"]["num_sequences"] for kind in report["other_kinds"].values())
+    num_probes = report["gap"]["num_sequences"] + sum(kind["num_sequences"] for kind in report["other_kinds"].values())
     assert report["measured"] == {"probes": num_probes, "num_probes": num_probes, "problems": 64, "num_problems": 64, "stopped": ""}
     assert (report["task_paired"]["num_pairs"], report["task_paired"]["lost"] + report["task_paired"]["gained"] <= 2) == (64, True)
     for measured in report["measures"].values():
