@@ -77,7 +77,7 @@ def render_html(report: Report) -> str:
         measured=measured_sentence(report),
         sentences=probe_sentences(report),
         marks=_MARKS,
-        facts=_facts(report),
+        facts=headline_facts(report),
         versions=_version_rows(report),
         machines=_machine_rows(report),
         charts=[(Markup(svg), caption) for svg, caption in _charts(report)],
@@ -164,8 +164,8 @@ def gate_title(gate: Gate) -> str:
     return GATE_TITLES.get(gate.name, gate.name)
 
 
-def _facts(report: Report) -> list[tuple[str, str, str]]:
-    """Headline figures: (label, figure, what it is held against)."""
+def headline_facts(report: Report) -> list[tuple[str, str, str]]:
+    """Headline figures for people: (label, figure, what it is held against)."""
     gap, task, manifest = report.gap, report.task, report.manifest
     mean, agreement = gap.measures["abs_dp_mean"], gap.measures["greedy_agreement"].value
     return [

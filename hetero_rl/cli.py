@@ -104,6 +104,11 @@ def verify_deploy(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder or bundle; with --probes a folder or GGUF file of another tool.")],
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.")] = None,  # noqa: UP045
     html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
+    junit: Annotated[Optional[Path], typer.Option(help="Write the gates as JUnit XML, a test case to a gate.")] = None,  # noqa: UP045
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help='Write a summary as Markdown; "$GITHUB_STEP_SUMMARY" is appended to.'),
+    ] = None,
     reward: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -139,17 +144,29 @@ def verify_deploy(
     ] = None,
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
-    from hetero_rl.commands import run_verify
+    from hetero_rl.commands import Outputs, run_verify
     from hetero_rl.delivery import Trust
     from hetero_rl.foreign import Foreign
 
     trust = Trust(require_signature, public_key, sign_report)
     raise typer.Exit(
         run_verify(
-            _console(), artifact, json_file, html_file, reward, gate or [],
+            _console(), artifact, Outputs(json_file, html_file, junit, markdown), reward, gate or [],
             full=full, keep=keep, server=server, model=model, trust=trust, foreign=Foreign(probes, target, tolerance),
         )
     )  # fmt: skip
+
+
+@app.command(epilog="Example:  hetero-rl compare laptop.json server.json --html both.html")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A report that verify-deploy --json wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the comparison as one HTML file.")] = None,  # noqa: UP045
+) -> None:
+    """Lay two verifications side by side: machines, engines or artifacts."""
+    from hetero_rl.commands import run_comparison
+
+    run_comparison(_console(), a, b, html_file)
 
 
 @app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")

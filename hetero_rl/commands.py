@@ -9,10 +9,13 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
+from deploy_targets.ci_report import write_junit, write_markdown
+from deploy_targets.comparison import compare, print_comparison, read_report, write_comparison
 from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
 from deploy_targets.preflight import check_target
@@ -187,11 +190,45 @@ def run_probe(
         console.print(f"{name:<9}{line}", highlight=False, soft_wrap=True, markup=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where `verify-deploy` writes its report; None: not."""
+
+    json: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
+    markdown: Path | None = None
+
+    def check(self) -> None:
+        """Raises `UsageError` for a file that could not be written, before anything is measured."""
+        for name in ("json", "html", "junit", "markdown"):
+            check_output(getattr(self, name), f"--{name}")
+
+    def write(self, report: Report) -> None:
+        """Write `report` to each of the files."""
+        if self.json is not None:
+            self.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+        if self.html is not None:
+            write_html(report, self.html)
+        if self.junit is not None:
+            write_junit(report, self.junit)
+        if self.markdown is not None:
+            write_markdown(report, self.markdown)
+
+
+def run_comparison(console: Console, a: Path, b: Path, html_file: Path | None) -> None:
+    """`compare`: two reports side by side."""
+    check_output(html_file, "--html")
+    sections = compare(read_report(a), read_report(b))
+    print_comparison(sections, console)
+    if html_file is not None:
+        write_comparison(sections, html_file)
+
+
 def run_verify(
     console: Console,
     artifact: Path,
-    json_file: Path | None,
-    html_file: Path | None,
+    outputs: Outputs,
     reward_name: str | None,
     settings: Sequence[str],
     *,
@@ -203,9 +240,8 @@ def run_verify(
     foreign: Foreign,
 ) -> int:
     """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
-    check_output(json_file, "--json")
-    check_output(html_file, "--html")
-    trust.check(json_file)
+    outputs.check()
+    trust.check(outputs.json)
     bounds = parse_bounds(settings)
     if model is not None and server is None:
         raise UsageError("--model names a model of a running server: give --server URL too")
@@ -219,12 +255,9 @@ def run_verify(
         gates = with_bounds(manifest.profile.gates, bounds)
         report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, full=full)
     print_table(report, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
-        if trust.sign_report is not None:
-            sign_file(json_file, trust.sign_report)
-    if html_file is not None:
-        write_html(report, html_file)
+    outputs.write(report)
+    if outputs.json is not None and trust.sign_report is not None:
+        sign_file(outputs.json, trust.sign_report)
     return EXIT_CODES[report.verdict]
 
 

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
@@ -84,8 +86,15 @@ def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
 
 
 def test_verify_deploy(run: Path, tmp_path: Path) -> None:
-    result = hetero_rl("verify-deploy", run / "artifact", "--json", "v.json", "--html", "v.html", cwd=tmp_path)
+    outputs = ("--json", "v.json", "--html", "v.html", "--junit", "v.xml", "--markdown", "v.md")
+    result = hetero_rl("verify-deploy", run / "artifact", *outputs, cwd=tmp_path)
     report = json.loads((tmp_path / "v.json").read_text())
+    schema = json.loads((resources.files("deploy_targets") / "schemas" / "verify-report-1.json").read_text("utf-8"))
+    jsonschema.validate(report, schema, cls=jsonschema.Draft202012Validator)
+    assert (tmp_path / "v.xml").read_text().count("<testcase") == len(report["gates"])
+    assert (tmp_path / "v.md").read_text().startswith(f"## verify-deploy int4-onnx: {report['verdict']}")
+    assert hetero_rl("compare", "v.json", "v.json", "--html", "both.html", cwd=tmp_path).returncode == 0
+    fails(hetero_rl("compare", "v.json", "v.md", cwd=tmp_path), 2, "v.md", "cannot be read as a report")
     assert report["verdict"] in ("pass", "warn"), report["gates"]
     assert result.returncode == 0, result.stderr
     assert {"gap", "kl_k3", "greedy_agreement", "task_accuracy", "gates", "artifact_sha256", "engine", "hardware"} <= set(report)
