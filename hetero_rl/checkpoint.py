@@ -10,6 +10,7 @@ read from your own run folder only, so treat a run folder from elsewhere as you 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from hetero_rl.learner.deepspeed_learner import Learner
 
 STATE_FILE = "state.json"
 FILES_FILE = "files.json"
+FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,12 @@ def save_checkpoint(folder: Path, state: LoopState, learner: Learner, config: Ch
         (temporary / FILES_FILE).write_text(json.dumps(_hashes(temporary), indent=1), "utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, torch's writer speaks of unexpected positions.
+        is_full = shutil.disk_usage(temporary).free < FULL_BYTES
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {state.step} could not be written to {folder}: {error}") from error
+        reason = os.strerror(errno.ENOSPC) if is_full else error
+        raise OSError(f"the checkpoint of step {state.step} could not be written to {folder}: {reason}") from error
     if final.exists():
         os.replace(final, replaced)
     os.replace(temporary, final)

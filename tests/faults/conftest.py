@@ -17,7 +17,7 @@ from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import METRICS, read_metrics
 from tests.command_line import SHORT_RUN, hetero_rl, with_settings
 
-NUM_FAULTS = int(os.environ.get("HETERO_RL_TESTS_FAULTS", "2"))
+NUM_FAULTS = int(os.environ.get("HETERO_RL_TESTS_FAULTS", "1"))
 """Disturbances of each kind; scripts/test_faults.sh sets more."""
 LOG = os.environ.get("HETERO_RL_TESTS_FAULTS_LOG")
 """JSON lines of what was tried and survived go here, for docs/reliability.md."""

@@ -29,7 +29,7 @@ cp -r run ../kept
 """
 """Arguments: size of the disk, interpreter, command. In a mount namespace of its own, so that nothing is left mounted."""
 CAN_MOUNT = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
-SIZES = [20, 60] if NUM_FAULTS < 10 else [1, 4, 10, 20, 30, 40, 50, 60, 70, 80]
+SIZES = [60] if NUM_FAULTS < 10 else [1, 4, 10, 20, 30, 40, 50, 60, 70, 80]
 """MiB; a checkpoint of the demo model takes about 25."""
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.command_line import environment_of, fails, hetero_rl
+from hetero_rl.errors import RunFolderError
+from hetero_rl.run_folder import check_free, open_run
+from tests.command_line import environment_of
 from tests.faults.conftest import NUM_FAULTS, Undisturbed, is_undisturbed, no_half_artifact, train
 
 pytestmark = pytest.mark.timeout(120 + 60 * NUM_FAULTS)
@@ -105,7 +107,11 @@ def engine_of(process: subprocess.Popen[str]) -> psutil.Process | None:
 
 
 def test_a_run_that_was_killed_before_it_began_can_begin_again(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "profile.json").write_text("{")
-    fails(hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path), 2, "holds no run")
-    assert hetero_rl(*train(), "--set", "loop.num_steps=1", cwd=tmp_path).returncode == 0
+    for name in ("profile.json", "environment.json.partial"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(RunFolderError, match="holds no run"):
+        open_run(tmp_path)
+    check_free(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="something else"):
+        check_free(tmp_path)
