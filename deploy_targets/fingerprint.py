@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy_targets.catalog import QUANTIZERS
 from deploy_targets.errors import ArtifactError
 from deploy_targets.gguf_file import GGUF_FILE, read_gguf
 from deploy_targets.manifest import SamplingRecord
@@ -125,24 +126,20 @@ def write_fingerprint(
     folder: Path,
     profile: TargetProfile,
     sampling: SamplingRecord,
+    temperature: float,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Values]],
 ) -> Fingerprint:
     """Write `fingerprint.json` into the artifact `folder`, which holds everything but its manifest.
 
-    `config` is the learner's config.json, `tensors` its own weights in high precision, of `shapes`. Raises `ArtifactError` where one is not
-    in the file of weights, or has another shape there.
+    `temperature` is that of the probes, `config` the learner's config.json, `tensors` its own weights in high precision, of `shapes`. Weights
+    in a format that a plug-in's quantizer made up are left out. Raises `ArtifactError` where a tensor is lost or has another shape.
     """
-    stored = read_stored(folder, config, shapes, profile.scheme.name).tensors
-    marks: dict[str, TensorMark] = {}
-    for name, values in tensors:
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue  # the same matrix as the embedding, which some learners list twice
-        if name not in stored or stored[name].shape != values.shape:
-            raise ArtifactError(f"{folder}: the weights have no place, or one of another shape, for {name} {list(values.shape)}")
-        marks[name] = _mark(name, values, stored[name])
-    fingerprint = Fingerprint(config, {**read_settings(folder, profile, sampling), **_learner_settings(config, profile)}, marks)
+    marks = _marks(folder, profile, config, shapes, tensors)
+    fingerprint = Fingerprint(
+        config, {**read_settings(folder, profile, sampling, temperature), **_learner_settings(config, profile)}, marks
+    )
     data = {
         "format": FORMAT,
         "model_config": config,
@@ -151,6 +148,26 @@ def write_fingerprint(
     }
     (folder / FINGERPRINT_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     return fingerprint
+
+
+def _marks(
+    folder: Path,
+    profile: TargetProfile,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, Values]],
+) -> dict[str, TensorMark]:
+    if profile.scheme.quantizer not in QUANTIZERS:
+        return {}
+    stored = read_stored(folder, config, shapes, profile.scheme.name).tensors
+    marks: dict[str, TensorMark] = {}
+    for name, values in tensors:
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue  # the same matrix as the embedding, which some learners list twice
+        if name not in stored or stored[name].shape != values.shape:
+            raise ArtifactError(f"{folder}: the weights have no place, or one of another shape, for {name} {list(values.shape)}")
+        marks[name] = _mark(name, values, stored[name])
+    return marks
 
 
 def _mark(name: str, values: Values, stored: StoredTensor) -> TensorMark:
@@ -185,8 +202,11 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         raise ArtifactError(f"{path} is no readable fingerprint: {error!r}. Export the artifact again") from error
 
 
-def read_settings(folder: Path, profile: TargetProfile, sampling: SamplingRecord) -> Settings:
-    """Everything but the weights that decides what the artifact computes, as "FILE: key" -> plain JSON value."""
+def read_settings(folder: Path, profile: TargetProfile, sampling: SamplingRecord, temperature: float) -> Settings:
+    """Everything but the weights that decides what the artifact computes, as "FILE: key" -> plain JSON value.
+
+    `temperature` is that of the probes.
+    """
     settings: Settings = {}
     for name in _JSON_FILES:
         if (folder / name).is_file():
@@ -207,7 +227,7 @@ def read_settings(folder: Path, profile: TargetProfile, sampling: SamplingRecord
     settings.update({f"profile: {key}": value for key, value in _flat(profile.scheme.model_dump(mode="json"))})
     settings.update({f"profile: engine.options.{key}": _short(value) for key, value in engine.options.items()})
     settings.update({"profile: engine.name": engine.name, "profile: max_model_len": profile.max_model_len})
-    settings["sampling: stop_token_ids"] = list(sampling.stop_token_ids)
+    settings.update({"sampling: stop_token_ids": list(sampling.stop_token_ids), "probes: temperature": temperature})
     plain: Settings = json.loads(json.dumps(settings))
     return plain
 

@@ -27,6 +27,9 @@ GATE_TITLES = {
     "kl_k3": "KL, k3 estimate (nats)",
     "greedy_agreement": "Greedy agreement",
     "accuracy_drop": "Accuracy drop since export",
+    "settings": "Settings that differ",
+    "weights": "Tensors that differ",
+    "engine_checks": "Contradictions of the engine",
 }
 MEASURE_TITLES = {
     "abs_dp_mean": "|Δp|, mean",
@@ -104,6 +107,8 @@ def print_table(report: Report, console: Console) -> None:
         console.print(f"[dim]{label:<14}[/dim]{figure}  [dim]{escape(note)}[/dim]", highlight=False)
     for sentence in (measured_sentence(report), *probe_sentences(report)):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
+    if report.blame is not None:
+        console.print(f"most likely cause: {escape(report.blame.sentence)}", highlight=False, soft_wrap=True)
     console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {SENTENCES[report.verdict]}")
 
 

@@ -111,7 +111,8 @@ def _plain_rows(raw: NDArray[Any], dtype: str, rows: slice) -> Values:
         return (part.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E4M3":
         return _float8_values()[part]
-    return np.asarray(part, np.float32)
+    values: Values = part.astype(np.float32)
+    return values
 
 
 @cache
@@ -337,7 +338,7 @@ def _gguf_rows(raw: NDArray[np.uint8], kind: str, order: NDArray[np.int_] | None
     from gguf import GGMLQuantizationType, quants
 
     if raw.ndim == 1:
-        return np.asarray(raw.view(_NUMPY[kind])[rows], np.float32)
+        return _plain_rows(raw.view(_NUMPY[kind]), kind, rows)
     part = np.ascontiguousarray(raw[rows] if order is None else raw[order[rows]])
     if kind in ("F32", "F16", "BF16"):
         return _plain_rows(part.view(_NUMPY[kind]), kind, slice(None))

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
+from deploy_targets.blame import with_blame
+from deploy_targets.catalog import open_engine
 from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
+from deploy_targets.inspection import explained, inspect_artifact
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import ProbeSet, read_probes, write_probes
 from deploy_targets.profile import GateSpec, TargetProfile, load_profile, parse_bounds, with_bounds
@@ -236,18 +239,23 @@ def _measured(
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
             soft_wrap=True,
         )
-    with console.status("replaying probes") as status, ExitStack() as stack:
-        engine, asked = opened_engine(folder, manifest, server, model)
-        stack.callback(engine.close)
-        if asked is not None:
-            where = "" if asked.is_local else "; the hardware in the report is that of this machine, not the server's"
-            console.print(
-                f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
-            )
-        return verify(
-            folder, engine, manifest, probes, reward=reward, server=asked, gates=gates, full=full,
-            progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
-        )  # fmt: skip
+    with console.status("reading the artifact") as status:
+        inspection = inspect_artifact(folder, manifest, probes)
+        with explained(inspection), ExitStack() as stack:
+            engine, asked = opened_engine(folder, manifest, server, model)
+            stack.callback(engine.close)
+            if asked is not None:
+                where = "" if asked.is_local else "; the hardware in the report is that of this machine, not the server's"
+                console.print(
+                    f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
+                )
+            report = verify(
+                folder, engine, manifest, probes, reward=reward, server=asked, gates=gates, full=full, inspection=inspection,
+                progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+            )  # fmt: skip
+        status.update("looking for the cause")
+        again = None if asked is not None else lambda profile: open_engine(profile, folder, manifest.weight_version)
+        return with_blame(report, probes, again)
 
 
 def run_evaluation(

@@ -67,7 +67,8 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
     recorded = SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids)
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.learner.named_tensors()}
     learned = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in parts.learner.named_tensors())
-    write_fingerprint(temporary, profile, recorded, read_config(resolve_model(config.model.path)), shapes, learned)
+    learner_config = read_config(resolve_model(config.model.path))
+    write_fingerprint(temporary, profile, recorded, sampling.temperature, learner_config, shapes, learned)
     write_manifest(
         temporary,
         profile=profile,

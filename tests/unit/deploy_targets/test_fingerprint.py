@@ -100,13 +100,13 @@ def test_a_fingerprint_is_read_back_and_says_what_is_missing(tiny_models: TinyMo
     quantizer.scaffold(model_dir, tmp_path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     assert read_fingerprint(tmp_path) is None
-    written = write_fingerprint(tmp_path, profile, SAMPLING, config, shapes, numbers(tensors))
+    written = write_fingerprint(tmp_path, profile, SAMPLING, 1.0, config, shapes, numbers(tensors))
     assert read_fingerprint(tmp_path) == written
     assert all(mark.error == 0 for mark in written.tensors.values())
     assert written.settings["config.json: rope_parameters.rope_theta"] == 10000
     assert written.settings["sampling: stop_token_ids"] == [2]
     with pytest.raises(ArtifactError, match="no place, or one of another shape, for extra"):
-        write_fingerprint(tmp_path, profile, SAMPLING, config, shapes, [("extra.weight", np.ones((2, 2), np.float32))])
+        write_fingerprint(tmp_path, profile, SAMPLING, 1.0, config, shapes, [("extra.weight", np.ones((2, 2), np.float32))])
     (tmp_path / FINGERPRINT_FILE).write_text('{"format": "fingerprint-1", "tensors": 3}')
     with pytest.raises(ArtifactError, match="no readable fingerprint"):
         read_fingerprint(tmp_path)
