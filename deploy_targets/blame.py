@@ -9,8 +9,8 @@ Looked at in this order, from what is certain to what is likely; the first that 
     part          at least half of the gap lies on few of the tokens: a token class, a stretch of positions, a kind of probe
     layer         one tensor lies much further from the learner's weights than others of its kind; else the scheme as a whole
 
-`explains` of an option: the share of the mean abs(dp) beyond the run's floor that goes away with it. Of a part: (g - t) / (1 - t), g its share of
-the gap and t its share of the tokens. Settings, tensors and checks have none: they should not be there at all.
+`explains` of an option: the share of the mean abs(dp) beyond the run's floor that goes away with it. Of a part: (g - t) / (1 - t), g its
+share of the gap and t its share of the tokens. Settings, tensors and checks have none: they should not be there at all.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _suspect_json(suspect: Suspect) -> dict[str, Any]:
 def with_blame(report: Report, probes: ProbeSet, open_engine: OpenEngine | None) -> Report:
     """`report` with its blame; as it is where it passes.
 
-    `open_engine` starts the engine anew by a changed profile, to replay probes; the one that was measured must be closed. Without it, as for a
-    server that runs already, options are not varied.
+    `open_engine` starts the engine anew by a changed profile, to replay probes; the one that was measured must be closed. Without it, as
+    for a server that runs already, options are not varied.
     """
     if report.verdict == "pass":
         return report

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,8 @@ def _temperature(engine: Engine, sequences: Sequence[TokenSequence], scores: Seq
     if spread < 1e-4:
         return _check("temperature", None, "not asked: the model is certain of all these tokens")
     fall = float((p - p_hot)[asked].mean())
-    detail = f"from {temperature:g} to {2 * temperature:g} the {int(asked.sum())} most probable tokens lose {fall:.3f} of probability in the mean"
+    lost = f"the {int(asked.sum())} most probable tokens lose {fall:.3f} of probability in the mean"
+    detail = f"from {temperature:g} to {2 * temperature:g} {lost}"
     return _check("temperature", fall > _LEAST_FALL * spread, detail)
 
 
@@ -124,13 +125,18 @@ def _normalised(engine: Engine, probe: Probe, probes: ProbeSet) -> EngineCheck:
 
 def _sampled(engine: Engine, some: Sequence[Probe], probes: ProbeSet, sampling: Sampling) -> EngineCheck:
     prompts = [probe.sequence.tokens[: probe.sequence.prompt_len] for probe in some]
-    drawn = [generation for generation in engine.generate(prompts, sampling) if len(generation.tokens)]
+    temperature = sampling.temperature
+    try:
+        generations = engine.generate(prompts, sampling)
+    except UsageError:  # a running server gives greedy responses only, with log-probs at temperature 1
+        generations, temperature = engine.generate(prompts, replace(sampling, temperature=0.0)), 1.0
+    drawn = [generation for generation in generations if len(generation.tokens)]
     if not drawn:
         return _check("sampled", None, "not asked: the engine drew no token")
     versions = {generation.weight_version for generation in drawn}
     if versions != {probes.weight_version}:
         return _check("sampled", False, f"responses are of weight_version {sorted(versions)}, the artifact is {probes.weight_version}")
-    scores = engine.score([generation.sequence for generation in drawn], probes.temperature)
+    scores = engine.score([generation.sequence for generation in drawn], temperature)
     said = np.exp(np.concatenate([generation.logps for generation in drawn]).astype(np.float64))
     p = _probabilities(scores)
     finite = np.isfinite(said) & np.isfinite(p)

@@ -133,13 +133,12 @@ def write_fingerprint(
 ) -> Fingerprint:
     """Write `fingerprint.json` into the artifact `folder`, which holds everything but its manifest.
 
-    `temperature` is that of the probes, `config` the learner's config.json, `tensors` its own weights in high precision, of `shapes`. Weights
-    in a format that a plug-in's quantizer made up are left out. Raises `ArtifactError` where a tensor is lost or has another shape.
+    `temperature` is that of the probes, `config` the learner's config.json, `tensors` its own weights in high precision, of `shapes`.
+    Weights in a format that a plug-in's quantizer made up are left out. Raises `ArtifactError` where a tensor is lost or has another shape.
     """
     marks = _marks(folder, profile, config, shapes, tensors)
-    fingerprint = Fingerprint(
-        config, {**read_settings(folder, profile, sampling, temperature), **_learner_settings(config, profile)}, marks
-    )
+    settings = read_settings(folder, profile, sampling, temperature) | _learner_settings(config, profile)
+    fingerprint = Fingerprint(config, settings, marks)
     data = {
         "format": FORMAT,
         "model_config": config,

@@ -30,7 +30,7 @@ _TITLES = {
     "rope_theta": "rope theta", "freq_base": "rope theta", "eos_token_id": "EOS id", "stop_token_ids": "EOS id", "eos_token": "EOS token",
     "chat_template": "chat template", "vocabulary": "tokenizer vocabulary", "group_size": "group size", "block_size": "group size",
     "tie_word_embeddings": "tied embeddings", "ignore": "ignored modules", "kv_cache_dtype": "KV cache dtype",
-    "max_model_len": "length limit", "max_position_embeddings": "length limit", "context_length": "length limit", "temperature": "temperature",
+    "max_model_len": "length limit", "max_position_embeddings": "length limit", "context_length": "length limit",
 }  # fmt: skip
 """Last part of a setting's name -> what it is called."""
 

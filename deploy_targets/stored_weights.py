@@ -107,11 +107,13 @@ class _File:
 
 def _plain_rows(raw: NDArray[Any], dtype: str, rows: slice) -> Values:
     part = raw[rows] if raw.ndim else raw
+    values: Values
     if dtype == "BF16":
-        return (part.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F8_E4M3":
-        return _float8_values()[part]
-    values: Values = part.astype(np.float32)
+        values = (part.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E4M3":
+        values = _float8_values()[part]
+    else:
+        values = part.astype(np.float32)
     return values
 
 
@@ -248,7 +250,8 @@ def _scaled(file: _File, name: str, scales: Values) -> StoredTensor:
 
     def rows(part: slice) -> Values:
         of_rows = scales[np.arange(part.start, part.stop) // down]
-        return plain.rows(part) * (of_rows if across == num_inputs else np.repeat(of_rows, across, axis=1))
+        values: Values = plain.rows(part) * (of_rows if across == num_inputs else np.repeat(of_rows, across, axis=1))
+        return values
 
     per = "row" if across == num_inputs else f"block of {down} x {across}"
     return StoredTensor(plain.shape, f"{plain.storage} with a scale per {per}", rows)

@@ -66,8 +66,8 @@ def verify(
 
     `manifest` comes from `check_artifact`, which must have passed before the engine was started, or from `foreign_manifest`. Without
     `reward`, or without a task sample in the artifact, task accuracy is not measured and has no gate. `full` measures everything,
-    however clear the verdict is. `inspection` is made here when not given. `server` is what `engine` asks, where it starts none: versions of the report are then the server's, beside
-    this package's own.
+    however clear the verdict is. `inspection` is made here when not given. `server` is what `engine` asks, where it starts none: versions
+    of the report are then the server's, beside this package's own.
 
     Raises `ProofError` when engine or probes hold another weight_version than the manifest, `EngineError` when the engine answers
     with the wrong number of tokens, `ArtifactError` for a damaged task sample, `UsageError` for a reward of the wrong length.

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a deployment is caught by `verify-deploy`, and named: faults injected on purpose (tests/faults.py).
 
-Through the command line in this process, so that the fault of an engine can be put around the real one. `scripts/test_faults_caught.sh` runs
-them on every engine.
+Through the command line in this process, so that the fault of an engine can be put around the real one.
+`scripts/test_faults_caught.sh` runs them on every engine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def make(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]:
-    """(target, model) -> artifact, made once: `demo`, or a tiny model with biases and tied embeddings (`qwen2`) or experts (`qwen3_moe`)."""
+    """(target, model) -> artifact, made once: `demo`, or a tiny model with biases and tied embeddings (`qwen2`) or experts."""
     made: dict[tuple[str, str], Made] = {}
     recorded: dict[str, Any] = {}
 
