@@ -5,6 +5,7 @@ Looked at in this order, from what is certain to what is likely; the first that 
     setting       a value of the artifact is not what it was at export
     tensor        a tensor is not what was exported; the first layer that departs
     check         the engine contradicts itself (`engine_checks.py`)
+    activation    a module's output departs from the learner's (`--bisect`); the first one
     option        the gap of some probes falls by at least half when one option of the engine is changed
     part          at least half of the gap lies on few of the tokens: a token class, a stretch of positions, a kind of probe
     layer         one tensor lies much further from the learner's weights than others of its kind; else the scheme as a whole
@@ -27,12 +28,12 @@ from deploy_targets.engines.options import OPTIONS
 from deploy_targets.errors import DeployTargetsError
 from deploy_targets.gap import Gap
 from deploy_targets.gates import Report
-from deploy_targets.inspection import Layer, some
+from deploy_targets.inspection import Layer, kind_of, some
 from deploy_targets.probes import Probe, ProbeSet
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine
 
-SuspectKind = Literal["setting", "tensor", "check", "option", "part", "layer"]
+SuspectKind = Literal["setting", "tensor", "check", "activation", "option", "part", "layer"]
 OpenEngine = Callable[[TargetProfile], Engine]
 
 NUM_REPLAYED = 32
@@ -102,7 +103,7 @@ def with_blame(report: Report, probes: ProbeSet, open_engine: OpenEngine | None)
     """
     if report.verdict == "pass":
         return report
-    suspects = [*_settings(report), *_tensors(report), *_checks(report)]
+    suspects = [*_settings(report), *_tensors(report), *_checks(report), *_activations(report)]
     if open_engine is not None and not any(s.holds for s in suspects if s.kind in ("setting", "tensor")) and _gap_is_off(report):
         suspects += _options(report, probes, open_engine)
     suspects += [*_parts(report), *_kinds(report), *_layers(report)]
@@ -140,6 +141,17 @@ def _checks(report: Report) -> Iterator[Suspect]:
     for check in report.checks:
         failed = check.passed is False
         yield Suspect("check", check.cause if failed else check.name, failed, None, check.detail)
+
+
+def _activations(report: Report) -> Iterator[Suspect]:
+    if report.activations is None:
+        return
+    first, modules = report.activations.first, report.activations.modules
+    if first is None:
+        yield Suspect("activation", "activations", False, None, f"none of {len(modules)} modules departs from the learner's")
+    else:
+        detail = f"the first module whose output departs: by {first.local_error:.1%} of its norm on the learner's own inputs"
+        yield Suspect("activation", first.name, True, None, detail)
 
 
 def _options(report: Report, probes: ProbeSet, open_engine: OpenEngine) -> Iterator[Suspect]:
@@ -243,4 +255,4 @@ def _layers(report: Report) -> Iterator[Suspect]:
 
 
 def _kind_of(layer: Layer) -> str:
-    return ".".join(part for part in layer.name.split(".") if not part.isdigit())
+    return kind_of(layer.name)

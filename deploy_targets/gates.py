@@ -25,7 +25,7 @@ from deploy_targets.bootstrap import CONFIDENCE, Floats, Measure, measure, ratio
 from deploy_targets.engine_checks import EngineCheck
 from deploy_targets.errors import EXIT_GATE, EXIT_UNDECIDED
 from deploy_targets.gap import Gap, Slice
-from deploy_targets.inspection import Inspection, some
+from deploy_targets.inspection import Activations, Inspection, some
 from deploy_targets.manifest import Manifest
 from deploy_targets.paired import SOLVED, Paired, compare_pairs, reward_drop, unpaired_drop
 from deploy_targets.profile import LOWER_BOUNDED, GateSpec
@@ -153,6 +153,8 @@ class Report:
     checks: tuple[EngineCheck, ...] = ()
     blame: Blame | None = None
     """Of a report that does not pass: see blame.py."""
+    activations: Activations | None = None
+    """The comparison of `--bisect`."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; a number that is infinite or was not measured is null.
@@ -161,6 +163,7 @@ class Report:
         blame_looked_at   [{"kind", "name", "holds", "explains", "detail"}], everything that was looked at
         layers            [{"name", "shape", "storage", "error", "error_at_export", "changed", "nonfinite", "problem"}], one for each tensor
         settings          {"num_compared", "different": [{"name", "title", "expected", "found"}]}
+        activations       null, or {"num_sequences", "first": name or null, "modules": [{"name", "local_error", "error", "departs"}]}
         engine_checks     [{"name", "passed", "detail", "cause"}], `passed` null where the engine could not be asked
         """
         profile, recorded = self.manifest.profile, self.manifest.task
@@ -201,6 +204,7 @@ class Report:
                 "num_compared": self.inspection.num_settings,
                 "different": [{**asdict(difference), "title": difference.title} for difference in self.inspection.settings],
             },
+            "activations": None if self.activations is None else _activations_json(self.activations),
             "engine_checks": [asdict(check) for check in self.checks],
             "gates_changed": {name: {"artifact": f"{old:g}", "used": f"{new:g}"} for name, (old, new) in self.gates_changed.items()},
             "measured": asdict(self.coverage),
@@ -363,6 +367,10 @@ def _in_units_of(measured: Measure, tolerance: float) -> Measure:
         return None if x is None else x / tolerance if tolerance > 0 else 0.0 if x == 0 else math.inf
 
     return Measure(scaled(measured.value), scaled(measured.low), scaled(measured.high), measured.num_sequences)
+
+
+def _activations_json(activations: Activations) -> dict[str, Any]:
+    return {**asdict(activations), "first": None if activations.first is None else activations.first.name}
 
 
 def _kind_json(gap: Gap) -> dict[str, Any]:

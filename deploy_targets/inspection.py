@@ -91,6 +91,37 @@ class Inspection:
         return [*map(str, self.settings), *(f"{layer.name}: {layer.problem}" for layer in self.changed_layers)]
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleDeparture:
+    """The output of one module with the artifact's weights against the learner's, as shares of its norm; see hetero_rl/bisect.py.
+
+    `local_error`: on the learner's own inputs; `error`: on those that the layers before made. `departs`: the local error is unusual.
+    """
+
+    name: str
+    local_error: float
+    error: float
+    departs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """A layer-wise comparison, in the order in which modules run."""
+
+    num_sequences: int
+    modules: tuple[ModuleDeparture, ...]
+
+    @property
+    def first(self) -> ModuleDeparture | None:
+        """The first module that departs."""
+        return next((module for module in self.modules if module.departs), None)
+
+
+def kind_of(name: str) -> str:
+    """The name of a module or tensor without the numbers of layers and experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
 def inspect_artifact(folder: Path, manifest: Manifest, probes: ProbeSet) -> Inspection:
     """Hold the artifact in `folder` against its fingerprint. Raises `ArtifactError` for files that do not parse."""
     fingerprint = read_fingerprint(folder)

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,8 +189,12 @@ def run_verify(
     model: str | None,
     trust: Trust,
     foreign: Foreign,
+    learner: Path | None,
 ) -> int:
-    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
+    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict.
+
+    With a `learner`, a folder, activations are compared too (`--bisect`).
+    """
     check_output(json_file, "--json")
     check_output(html_file, "--html")
     trust.check(json_file)
@@ -204,7 +209,7 @@ def run_verify(
             folder, manifest = checked_artifact(artifact, keep, trust, stack)
             probes = read_probes(folder / PROBES_FILE)
         gates = with_bounds(manifest.profile.gates, bounds)
-        report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, full=full)
+        report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, learner, full=full)
     print_table(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
@@ -224,12 +229,14 @@ def _measured(
     server: str | None,
     model: str | None,
     gates: GateSpec,
+    learner: Path | None,
     *,
     full: bool,
 ) -> Report:
     if server is None:
         _require_runnable(manifest.profile)
     _prepare_process()
+    from hetero_rl.model import resolve_model
     from hetero_rl.tasks.rewards import artifact_reward
 
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
@@ -254,6 +261,10 @@ def _measured(
                 progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
             )  # fmt: skip
         status.update("looking for the cause")
+        if learner is not None:
+            from hetero_rl.bisect import compare_activations
+
+            report = replace(report, activations=compare_activations(folder, manifest, probes, resolve_model(str(learner))))
         again = None if asked is not None else lambda profile: open_engine(profile, folder, manifest.weight_version)
         return with_blame(report, probes, again)
 

@@ -26,10 +26,9 @@ from tests.conftest import TinyModels
 from tests.skips import skip_unless_it_runs_here
 
 variant = pytest.mark.variant
-DEMO_TARGETS = [
-    "int4-onnx",
-    *(pytest.param(name, marks=variant) for name in ("int4-vllm", "q4_0-llamacpp", "q4_k_m-llamacpp", "nf4-transformers")),
-]
+TARGETS = ("int4-onnx", "int4-vllm", "q4_0-llamacpp", "q4_k_m-llamacpp", "nf4-transformers")
+"""The first in every test run, the others as variants."""
+DEMO_TARGETS = [pytest.param(name, marks=() if name == TARGETS[0] else variant) for name in TARGETS]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,10 @@ class Made:
 
 @pytest.fixture(scope="module")
 def make(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]:
-    """(target, model) -> artifact, made once: `demo`, or a tiny model with biases and tied embeddings (`qwen2`) or experts."""
+    """(target, model) -> artifact, made once: `demo`, or a tiny model with biases and tied embeddings (`qwen2`) or experts.
+
+    `qwen2:float32`: probes of the model in float32 arithmetic.
+    """
     made: dict[tuple[str, str], Made] = {}
     recorded: dict[str, Any] = {}
 
@@ -55,11 +57,16 @@ def make(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> C
         skip_unless_it_runs_here(load_profile(target))
         if (target, model) not in made:
             profile = load_profile(target).model_copy(update={"max_model_len": 64})
-            model_dir = resolve_model("demo") if model == "demo" else tiny_models(model, tied=model == "qwen2")
+            family, _, dtype = model.partition(":")
+            model_dir = resolve_model("demo") if family == "demo" else tiny_models(family, tied=family == "qwen2")
             if model not in recorded:
-                settings = ["loop.max_response_tokens=8", "learner.compute_dtype=bfloat16", "evaluation.num_final_problems=128"]
+                settings = [
+                    "loop.max_response_tokens=8",
+                    f"learner.compute_dtype={dtype or 'bfloat16'}",
+                    "evaluation.num_final_problems=128",
+                ]
                 config, _ = load_config([], settings, None)
-                recorded[model], _ = record_model(str(model_dir), config, profile, None, of_task=model == "demo", num_tokens=640)
+                recorded[model], _ = record_model(str(model_dir), config, profile, None, of_task=family == "demo", num_tokens=640)
             folder = tmp_path_factory.mktemp("artifacts") / target
             faults.make_artifact(profile, model_dir, recorded[model], folder)
             made[target, model] = Made(profile, model_dir, folder)
@@ -79,11 +86,11 @@ class Verdict:
 def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Verdict]:
     """`hetero-rl verify-deploy FOLDER --json`, with `wrap` around the engine."""
 
-    def run(folder: Path, wrap: Callable[[Any], Any] = lambda engine: engine) -> Verdict:
+    def run(folder: Path, wrap: Callable[[Any], Any] = lambda engine: engine, options: tuple[str, ...] = ()) -> Verdict:
         real = catalog.open_engine
         for module in ("hetero_rl.delivery", "hetero_rl.commands"):
             monkeypatch.setattr(f"{module}.open_engine", lambda *arguments: wrap(real(*arguments)))
-        monkeypatch.setattr("sys.argv", ["hetero-rl", "verify-deploy", str(folder), "--json", str(tmp_path / "v.json")])
+        monkeypatch.setattr("sys.argv", ["hetero-rl", "verify-deploy", str(folder), "--json", str(tmp_path / "v.json"), *options])
         with pytest.raises(SystemExit) as exited:
             main()
         said = capfd.readouterr()
@@ -135,17 +142,22 @@ RESEALED = [
     ("other_chat_template", "chat template"),
     ("swap_token_ids", "tokenizer vocabulary"),
 ]
-NOT_OF = {"swap_scales": ("q4", "nf4"), "wrong_group_size": ("q4", "nf4"), "other_eos": (), "other_rope_theta": ()}
-"""Formats that keep scales and group size within the blocks of a tensor."""
+WITH_SCALES = ("int4-onnx", "int4-vllm")
+"""Formats that keep scales and the size of groups apart from the blocks of a tensor."""
 
 
-@pytest.mark.parametrize(("fault", "cause"), RESEALED)
-@pytest.mark.parametrize("target", DEMO_TARGETS)
+@pytest.mark.parametrize(
+    ("target", "fault", "cause"),
+    [
+        pytest.param(target, fault, cause, marks=() if target == TARGETS[0] else variant)
+        for target in TARGETS
+        for fault, cause in RESEALED
+        if target in WITH_SCALES or fault not in ("swap_scales", "wrong_group_size")
+    ],
+)
 def test_a_resealed_fault_is_named(
     target: str, fault: str, cause: str, make: Callable[..., Made], verified: Callable[..., Verdict], tmp_path: Path
 ) -> None:
-    if target.startswith(NOT_OF.get(fault, ())):
-        return
     folder = make(target, "demo").copy(tmp_path / "a")
     getattr(faults, fault)(folder)
     faults.reseal(folder)
@@ -187,6 +199,49 @@ def test_a_fault_of_the_engine_is_named(
     target: str, fault: Callable[[Any], Any], cause: str, make: Callable[..., Made], verified: Callable[..., Verdict]
 ) -> None:
     named(verified(make(target, "demo").folder, fault), cause)
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "tolerance", "cause"),
+    [
+        ("bf16-transformers", "qwen2:float32", 1e-5, "engine.options.dtype (here 'bfloat16', tried 'float32')"),
+        ("int4-onnx", "demo", 1e-3, "the scheme W4A16 itself"),
+        pytest.param("int4-vllm-fp8kv", "demo", 5e-3, "engine.options.kv_cache_dtype", marks=variant),
+    ],
+)
+def test_a_gap_is_explained_by_an_option_or_the_scheme(
+    target: str, model: str, tolerance: float, cause: str, make: Callable[..., Made], verified: Callable[..., Verdict], tmp_path: Path
+) -> None:
+    """The same bytes under a tolerance that what they cost does not meet."""
+    folder = make(target, model).copy(tmp_path / "a")
+    faults.reseal(folder, tolerance=tolerance)
+    verdict = verified(folder)
+    named(verdict, cause)
+    assert verdict.report is not None
+    looked_at = {suspect["name"]: suspect for suspect in verdict.report["blame_looked_at"]}
+    assert looked_at["batches: one sequence at a time"]["explains"] < 0.5
+    if verdict.report["blame"]["kind"] == "option":
+        assert 0.5 < verdict.report["blame"]["explains"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [(None, None), ("swap_scales", "model.layers.0.mlp.down_proj"), ("other_rope_theta", "model.rotary_emb")],
+)
+def test_bisect_names_the_first_module_that_departs(
+    fault: str | None, first: str | None, make: Callable[..., Made], verified: Callable[..., Verdict], tmp_path: Path
+) -> None:
+    made = make("int4-onnx", "demo")
+    folder = made.copy(tmp_path / "a")
+    if fault is not None:
+        getattr(faults, fault)(folder)
+        faults.reseal(folder)
+    report = verified(folder, options=("--bisect", "--learner", str(made.model_dir))).report
+    assert report is not None
+    assert report["activations"]["first"] == first
+    linear = [module for module in report["activations"]["modules"] if module["name"].endswith("gate_proj")]
+    assert all(0.01 < module["local_error"] < 0.2 for module in linear)
+    assert any(suspect["kind"] == "activation" for suspect in report["blame_looked_at"]) == (fault is not None)
 
 
 @pytest.mark.parametrize(
