@@ -117,7 +117,7 @@ def _gap_is_off(report: Report) -> bool:
 def _settings(report: Report) -> Iterator[Suspect]:
     found = report.inspection
     for difference in found.settings:
-        yield Suspect("setting", difference.title, True, None, str(difference))
+        yield Suspect("setting", difference.title, True, None, difference.detail)
     if found.num_settings and not found.settings:
         yield Suspect("setting", "settings", False, None, f"all {found.num_settings} are as exported")
 
@@ -133,7 +133,7 @@ def _tensors(report: Report) -> Iterator[Suspect]:
         yield Suspect("tensor", "weights of another version", True, None, detail)
     else:
         first = changed[0]
-        others = f"; so do {some([layer.name for layer in changed[1:]])}" if len(changed) > 1 else ""
+        others = f"; also {some([layer.name for layer in changed[1:]])}" if len(changed) > 1 else ""
         yield Suspect("tensor", first.name, True, None, f"{first.problem}{others}")
 
 

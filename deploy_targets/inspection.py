@@ -51,7 +51,12 @@ class SettingDifference:
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.title}: {self.expected} at export, {self.found} here ({self.name})"
+        return f"{self.title}: {self.detail}"
+
+    @property
+    def detail(self) -> str:
+        """What was expected, what was found, and where."""
+        return f"{self.expected} at export, {self.found} here ({self.name})"
 
 
 @dataclass(frozen=True, slots=True)
