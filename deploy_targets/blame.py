@@ -4,9 +4,9 @@ Looked at in this order, from what is certain to what is likely; the first that 
 
     setting       a value of the artifact is not what it was at export
     tensor        a tensor is not what was exported; the first layer that departs
-    check         the engine contradicts itself (`engine_checks.py`)
     activation    a module's output departs from the learner's (`--bisect`); the first one
     option        the gap of some probes falls by at least half when one option of the engine is changed
+    check         the engine contradicts itself (`engine_checks.py`)
     part          at least half of the gap lies on few of the tokens: a token class, a stretch of positions, a kind of probe
     layer         one tensor lies much further from the learner's weights than others of its kind; else the scheme as a whole
 
@@ -103,10 +103,10 @@ def with_blame(report: Report, probes: ProbeSet, open_engine: OpenEngine | None)
     """
     if report.verdict == "pass":
         return report
-    suspects = [*_settings(report), *_tensors(report), *_checks(report), *_activations(report)]
+    suspects = [*_settings(report), *_tensors(report), *_activations(report)]
     if open_engine is not None and not any(s.holds for s in suspects if s.kind in ("setting", "tensor")) and _gap_is_off(report):
         suspects += _options(report, probes, open_engine)
-    suspects += [*_parts(report), *_kinds(report), *_layers(report)]
+    suspects += [*_checks(report), *_parts(report), *_kinds(report), *_layers(report)]
     return replace(report, blame=Blame(next((suspect for suspect in suspects if suspect.holds), None), tuple(suspects)))
 
 
@@ -168,7 +168,7 @@ def _options(report: Report, probes: ProbeSet, open_engine: OpenEngine) -> Itera
     floor = min(report.manifest.floor or 0.0, base)
 
     def suspect(name: str, gap: float) -> Suspect:
-        explains = (base - gap) / (base - floor) if base > floor else 0.0
+        explains = min(1.0, (base - gap) / (base - floor)) if base > floor else 0.0
         return Suspect("option", name, explains >= _HALF, explains, f"mean abs(dp) {base:.4f} -> {gap:.4f} on {len(chosen)} {worst} probes")
 
     yield suspect("batches: one sequence at a time", alone)

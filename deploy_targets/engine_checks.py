@@ -29,7 +29,7 @@ OWN_NOISE = 0.02
 _ALL_TOKENS = 512
 """Vocabularies up to this size are summed as a whole."""
 _CONTRADICTIONS = 0.01
-_LEAST_FALL = 0.1
+_LEAST_FALL = 0.02
 """Of the variance p (1 - p) of most probable tokens, the least by which twice the temperature has to lower p in the mean."""
 
 

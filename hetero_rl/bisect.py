@@ -77,9 +77,10 @@ def departures(squares: Mapping[str, Sequence[float]], num_sequences: int, error
     """
     relative = {name: [float(np.sqrt(part / max(whole, 1e-30))) for part in parts] for name, (*parts, whole) in squares.items()}
     kinds: dict[str, list[float]] = defaultdict(list)
-    for name, (local, _) in relative.items():
+    finite = {name: local for name, (local, _) in relative.items() if np.isfinite(local)}
+    for name, local in finite.items():
         kinds[kind_of(name)].append(local)
-    rounded = _lower_median([local for local, _ in relative.values() if local > _ROUNDED])
+    rounded = _lower_median([local for local in finite.values() if local > _ROUNDED])
 
     def usual(name: str) -> float:
         if errors:
