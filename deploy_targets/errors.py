@@ -13,7 +13,7 @@
     └── EngineError                    exit 1   the serving runtime failed: carries its last lines
 
 Exit codes of the command line: 0 ok, 1 failed, 2 usage or config, 3 a verification gate not met, 4 a verification left undecided,
-130 interrupted.
+130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_UNDECIDED = 4
+EXIT_SIGNAL = 128
+"""Plus the number of the signal that ended the command, as shells count: 130 is Ctrl-C, 143 is SIGTERM."""
 EXIT_INTERRUPTED = 130
 
 

@@ -41,6 +41,8 @@ VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "undecided", "fail")
 NO_KINDS: Mapping[str, Gap] = MappingProxyType({})
 EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "warn": 0, "undecided": EXIT_UNDECIDED, "fail": EXIT_GATE}
 
+FORMAT = "verify-report-1"
+"""Of the report as JSON; its schema is `schemas/verify-report-1.json`."""
 MIN_PROBE_TOKENS = 200
 """With fewer finite probe tokens the gates on the gap decide nothing."""
 MIN_SEQUENCES = 8
@@ -156,8 +158,13 @@ class Report:
     activations: Activations | None = None
     """The comparison of `--bisect`."""
 
+    @property
+    def engine_name(self) -> str:
+        """The engine that was started here, or the software of the server that was asked."""
+        return self.manifest.profile.engine.name if self.server is None else self.server.software
+
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values; a number that is infinite or was not measured is null.
+        """The report as plain JSON values (`schemas/verify-report-1.json`); what is infinite or was not measured is null.
 
         blame             null, or {"kind", "name", "explains", "detail", "sentence"} of the most likely cause; see blame.py
         blame_looked_at   [{"kind", "name", "holds", "explains", "detail"}], everything that was looked at
@@ -169,7 +176,7 @@ class Report:
         profile, recorded = self.manifest.profile, self.manifest.task
         measures, pairs = self.gap.measures, self.task.paired()
         engine = {
-            "name": profile.engine.name if self.server is None else self.server.software,
+            "name": self.engine_name,
             "versions": self.engine_versions,
             "options": {"max_model_len": profile.max_model_len, **profile.engine.options} if self.server is None else None,
             "weight_version": self.manifest.weight_version,
@@ -177,6 +184,9 @@ class Report:
         }
         mean = measures["abs_dp_mean"]
         fields = {
+            "format": FORMAT,
+            "target": profile.name,
+            "model": self.manifest.source_model,
             "verdict": self.verdict,
             "gap": {
                 **{name: measures[f"abs_dp_{name}"].value for name in ("mean", "p50", "p99", "max")},

@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -291,6 +292,7 @@ def validation_lines(error: ValidationError) -> list[str]:
     return lines
 
 
+@cache
 def _shipped_texts() -> dict[str, str]:
     """Target name -> TOML text of `deploy_targets/profiles/`."""
     return {

@@ -80,7 +80,7 @@ def render_html(report: Report) -> str:
         measured=measured_sentence(report),
         sentences=probe_sentences(report),
         marks=_MARKS,
-        facts=_facts(report),
+        facts=headline_facts(report),
         versions=_version_rows(report),
         machines=_machine_rows(report),
         charts=[(Markup(svg), caption) for svg, caption in _charts(report)],
@@ -119,9 +119,9 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if np.isfinite(value) and abs(value) >= 1000 else f"{value:.3g}"
 
 
-def interval(measured: Measure) -> str:
+def interval(measured: Measure | Gate) -> str:
     """The 95 % interval for people; a dash where there is none."""
-    return NOTHING if measured.low is None else f"{number(measured.low)} to {number(measured.high)}"
+    return NOTHING if measured.low is None or measured.high is None else f"{number(measured.low)} to {number(measured.high)}"
 
 
 def probe_sentences(report: Report) -> list[str]:
@@ -169,8 +169,8 @@ def gate_title(gate: Gate) -> str:
     return GATE_TITLES.get(gate.name, gate.name)
 
 
-def _facts(report: Report) -> list[tuple[str, str, str]]:
-    """Headline figures: (label, figure, what it is held against)."""
+def headline_facts(report: Report) -> list[tuple[str, str, str]]:
+    """Headline figures for people: (label, figure, what it is held against)."""
     gap, task, manifest = report.gap, report.task, report.manifest
     mean, agreement = gap.measures["abs_dp_mean"], gap.measures["greedy_agreement"].value
     return [
@@ -280,7 +280,45 @@ def _charts(report: Report) -> list[tuple[str, str]]:
             ),
             "A gap that grows along the response may come from the KV cache; one at the start, from the prompt's prefill.",
         ),
+        *_kinds_chart(report),
+        *_rewards_chart(report),
     ]
+
+
+def _kinds_chart(report: Report) -> list[tuple[str, str]]:
+    """The mean gap on each kind of probe, where there are several."""
+    from deploy_targets.charts import bar_chart
+
+    measured = {kind: gap.measure("abs_dp_mean") for kind, gap in {"policy": report.gap, **report.other_kinds}.items()}
+    bars = {"tolerance": report.manifest.tolerance} | {kind: mean.value for kind, mean in measured.items() if mean.value is not None}
+    whiskers = {kind: (mean.low, mean.high) for kind, mean in measured.items() if mean.low is not None and mean.high is not None}
+    if not report.other_kinds:
+        return []
+    chart = bar_chart(bars, title="Gap by kind of probe", x_label="mean |Δp|", intervals=whiskers, highlight="policy")
+    return [
+        (
+            chart,
+            "The tolerance is about policy samples; a kind that stands out says where to look: long contexts, rare tokens, certain ones.",
+        )
+    ]
+
+
+def _rewards_chart(report: Report) -> list[tuple[str, str]]:
+    """Problems solved at export and here, where both are known."""
+    from deploy_targets.charts import bar_chart
+
+    pairs = report.task.paired()
+    if pairs is None:
+        return []
+    on_both = round(pairs.accuracy_at_export * pairs.num_pairs) - pairs.lost
+    bars = {
+        "solved on both": on_both,
+        "lost here": pairs.lost,
+        "gained here": pairs.gained,
+        "on neither": pairs.num_pairs - on_both - pairs.lost - pairs.gained,
+    }
+    chart = bar_chart(bars, title="Task, problem by problem", x_label="problems", highlight="lost here")
+    return [(chart, "The same problems at export and on this machine: what was lost beyond what was gained is the drop.")]
 
 
 def _whisker(measured: Measure) -> dict[str, tuple[float, float]]:

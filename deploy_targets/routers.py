@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+_MODELING = "transformers.models.qwen3_moe.modeling_qwen3_moe"
+"""Imported by whoever made a model of it; any other model pays nothing for it."""
 
 
 def find_routers(model: Any) -> list[nn.Module]:
@@ -14,4 +17,5 @@ def find_routers(model: Any) -> list[nn.Module]:
     The output of each is (logits [num_tokens, num_experts], weights [num_tokens, top_k], experts int64 [num_tokens, top_k]), where
     num_tokens counts a batch's tokens row by row, padding included.
     """
-    return [module for module in model.modules() if type(module) is Qwen3MoeTopKRouter]
+    modeling = sys.modules.get(_MODELING)
+    return [] if modeling is None else [module for module in model.modules() if type(module) is modeling.Qwen3MoeTopKRouter]

@@ -2,6 +2,7 @@
 
     checkpoints/step-000050/state.json     step, multiplier, floor, probes of the proof, calibration, length of metrics.jsonl
     checkpoints/step-000050/learner/       DeepSpeed's own files: master weights, optimizer, scheduler
+    checkpoints/step-000050/files.json     sha256 of all of them
 
 Nothing random needs to be stored: problems and sampling follow from (seed, step). DeepSpeed's files are pickles; they are
 read from your own run folder only, so treat a run folder from elsewhere as you would treat a program from elsewhere.
@@ -9,19 +10,26 @@ read from your own run folder only, so treat a run folder from elsewhere as you 
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploy_targets.types import TokenSequence
+from deploy_targets.weights_file import sha256_of
 from hetero_rl.algorithm.constraint import DualState
 from hetero_rl.algorithm.tolerance import Floor
+from hetero_rl.config import CheckpointConfig
 from hetero_rl.errors import RunFolderError
 from hetero_rl.learner.deepspeed_learner import Learner
 
 STATE_FILE = "state.json"
+FILES_FILE = "files.json"
+FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +62,101 @@ class LoopState:
     """The learner's arithmetic: the floor was measured in it, so a resumed run keeps it."""
     start_accuracy: float | None = None
     """Deployed accuracy before any update."""
+    deployed_accuracy: float | None = None
+    """The same after this very step, where it was evaluated."""
     metrics_offset: int = 0
     """Bytes of metrics.jsonl that belong to the completed steps."""
 
 
-def save_checkpoint(folder: Path, state: LoopState, learner: Learner, keep: int) -> Path:
-    """Write a checkpoint under a temporary name, flush it, rename it, and only then delete the oldest beyond `keep`."""
-    final = folder / f"step-{state.step:06d}"
-    temporary = folder / f"{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
+def save_checkpoint(folder: Path, state: LoopState, learner: Learner, config: CheckpointConfig) -> Path:
+    """Write a checkpoint under a temporary name, flush it, rename it, read it back, and only then delete what is no longer kept.
+
+    Raises `OSError` where it cannot be written; what was there before is untouched then.
+    """
+    final = folder / name_of(state.step)
+    temporary, replaced = (final.with_suffix(suffix) for suffix in (".partial", ".replaced"))
+    for left_over in (temporary, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir(parents=True)
-    learner.save(temporary)
-    (temporary / STATE_FILE).write_text(json.dumps(asdict(state)), "utf-8")
-    for file in [path for path in temporary.rglob("*") if path.is_file()]:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        learner.save(temporary)
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state)), "utf-8")
+        (temporary / FILES_FILE).write_text(json.dumps(_hashes(temporary), indent=1), "utf-8")
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, torch's writer speaks of unexpected positions.
+        is_full = shutil.disk_usage(temporary).free < FULL_BYTES
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = os.strerror(errno.ENOSPC) if is_full else error
+        raise OSError(f"the checkpoint of step {state.step} could not be written to {folder}: {reason}") from error
+    if final.exists():
+        os.replace(final, replaced)
     os.replace(temporary, final)
-    for old in checkpoints(folder)[:-keep]:
+    _flush(folder)
+    if (damage := damage_of(final)) is not None:
+        raise OSError(f"checkpoint {final} was written, but does not read back: {damage}. The one before is kept")
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in _no_longer_kept(folder, config):
         shutil.rmtree(old)
     return final
 
 
+def name_of(step: int) -> str:
+    """Folder of the checkpoint of a step."""
+    return f"step-{step:06d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / STATE_FILE).is_file())
+    """Checkpoints that were finished, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix and (path / STATE_FILE).is_file())
+
+
+def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every byte is there, None where there is none yet; `warn` is told of damaged ones.
+
+    Raises `RunFolderError` when all are damaged.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        warn(f"checkpoint {checkpoint} is damaged and left aside: {damage}")
+    if found:
+        raise RunFolderError(f"all {len(found)} checkpoints in {folder} are damaged; the run must be started anew, with another --run-dir")
+    return None
+
+
+def chosen_checkpoint(folder: Path, which: str, warn: Callable[[str], None]) -> Path | None:
+    """`newest`, `best` by deployed accuracy, or that of a step. Raises `RunFolderError` for one that is not there or damaged."""
+    if which == "newest":
+        return newest_whole(folder, warn)
+    found = {load_state(checkpoint).step: checkpoint for checkpoint in checkpoints(folder)}
+    chosen = best_checkpoint(folder) if which == "best" else found.get(int(which)) if which.isdecimal() else None
+    if chosen is None:
+        why = "none of them was evaluated" if which == "best" else "there is no such one"
+        raise RunFolderError(f"checkpoint {which!r} of {folder}: {why}. There are: newest, steps {', '.join(map(str, found)) or 'none'}")
+    if (damage := damage_of(chosen)) is not None:
+        raise RunFolderError(f"checkpoint {chosen} is damaged: {damage}")
+    return chosen
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The one of the highest deployed accuracy, the newest of equals; None where none was evaluated."""
+    accuracies = {checkpoint: load_state(checkpoint).deployed_accuracy for checkpoint in checkpoints(folder)}
+    evaluated = {checkpoint: accuracy for checkpoint, accuracy in accuracies.items() if accuracy is not None and math.isfinite(accuracy)}
+    return max(evaluated, key=lambda checkpoint: (evaluated[checkpoint], checkpoint), default=None)
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, None where nothing is."""
+    try:
+        expected = json.loads((checkpoint / FILES_FILE).read_text("utf-8"))
+        differing = [name for name, sha256 in expected.items() if sha256_of(checkpoint / name) != sha256]
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return f"{', '.join(differing)} changed since it was written" if differing else None
 
 
 def load_state(checkpoint: Path) -> LoopState:
@@ -92,3 +170,21 @@ def load_state(checkpoint: Path) -> LoopState:
         return LoopState(**raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"checkpoint {checkpoint} is damaged ({error}); delete it to resume from the one before") from None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _flush(path: Path) -> None:
+    """Get a file or the entries of a folder onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _no_longer_kept(folder: Path, config: CheckpointConfig) -> list[Path]:
+    best = best_checkpoint(folder) if config.keep_best else None
+    return [old for old in checkpoints(folder)[: -config.keep] if old != best]

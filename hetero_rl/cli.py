@@ -41,6 +41,7 @@ app.add_typer(targets_app, name="targets")
 
 ConfigOption = Annotated[list[Path] | None, typer.Option("--config", "-c", help="TOML file; may be given several times, later ones win.")]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="table.key=value, wins over every file.")]  # noqa: UP045
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="Of the run: newest, best (by deployed accuracy), or a step.")]
 TargetOption = Annotated[Optional[str], typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")]  # noqa: UP045
 
 
@@ -68,11 +69,12 @@ def export(
     bundle: Annotated[Optional[Path], typer.Option(help="The artifact as one file that travels (tar, zstd); must not exist.")] = None,  # noqa: UP045
     sign: Annotated[Optional[Path], typer.Option(help="Sign the artifact with this private key (PEM, elliptic curve).")] = None,  # noqa: UP045
     target: TargetOption = None,
+    checkpoint: CheckpointOption = "newest",
 ) -> None:
-    """Export the newest checkpoint of a run as an artifact; --target: for another target. An artifact is packed or signed as it is."""
+    """Export a checkpoint of a run as an artifact; --target: for another target. An artifact is packed or signed as it is."""
     from hetero_rl.commands import run_export
 
-    run_export(_console(), run, target, out, bundle, sign)
+    run_export(_console(), run, target, out, bundle, sign, checkpoint)
 
 
 @app.command(epilog="Example:  hetero-rl probe Qwen/Qwen3-0.6B --out qwen3.st --prompts prompts.jsonl --target q4_k_m-llamacpp")
@@ -102,6 +104,11 @@ def verify_deploy(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder or bundle; with --probes a folder or GGUF file of another tool.")],
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.")] = None,  # noqa: UP045
     html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the report as one HTML file.")] = None,  # noqa: UP045
+    junit: Annotated[Optional[Path], typer.Option(help="Write the gates as JUnit XML, a test case to a gate.")] = None,  # noqa: UP045
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help='Write a summary as Markdown; "$GITHUB_STEP_SUMMARY" is appended to.'),
+    ] = None,
     reward: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -141,7 +148,7 @@ def verify_deploy(
     learner: Annotated[Optional[Path], typer.Option(help="Folder of the high-fidelity model, for --bisect.")] = None,  # noqa: UP045
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
-    from hetero_rl.commands import run_verify
+    from hetero_rl.commands import Outputs, run_verify
     from hetero_rl.delivery import Trust
     from hetero_rl.foreign import Foreign
 
@@ -150,10 +157,22 @@ def verify_deploy(
     trust = Trust(require_signature, public_key, sign_report)
     raise typer.Exit(
         run_verify(
-            _console(), artifact, json_file, html_file, reward, gate or [],
+            _console(), artifact, Outputs(json_file, html_file, junit, markdown), reward, gate or [],
             full=full, keep=keep, server=server, model=model, trust=trust, foreign=Foreign(probes, target, tolerance), learner=learner,
         )
     )  # fmt: skip
+
+
+@app.command(epilog="Example:  hetero-rl compare laptop.json server.json --html both.html")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A report that verify-deploy --json wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    html_file: Annotated[Optional[Path], typer.Option("--html", help="Write the comparison as one HTML file.")] = None,  # noqa: UP045
+) -> None:
+    """Lay two verifications side by side: machines, engines or artifacts."""
+    from hetero_rl.commands import run_comparison
+
+    run_comparison(_console(), a, b, html_file)
 
 
 @app.command("eval", epilog="Example:  hetero-rl eval --target int4-vllm --config configs/demo.toml   ·   hetero-rl eval runs/RUN")
@@ -163,11 +182,12 @@ def evaluate(
     config: ConfigOption = None,
     settings: SetOption = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers as JSON.")] = None,  # noqa: UP045
+    checkpoint: CheckpointOption = "newest",
 ) -> None:
     """Measure deployed and bf16 accuracy and the discrepancy, without training; RUN with --target: its weights on another target."""
     from hetero_rl.commands import run_evaluation
 
-    run_evaluation(_console(), run, target, config or [], settings or [], json_file)
+    run_evaluation(_console(), run, target, config or [], settings or [], json_file, checkpoint)
 
 
 @app.command(epilog="Example:  hetero-rl report runs/RUN")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
 from deploy_targets.blame import with_blame
 from deploy_targets.catalog import open_engine
-from deploy_targets.errors import EXIT_INTERRUPTED, PreflightError, UsageError
+from deploy_targets.ci_report import write_junit, write_markdown
+from deploy_targets.comparison import compare, print_comparison, read_report, write_comparison
+from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
 from deploy_targets.inspection import explained, inspect_artifact
 from deploy_targets.preflight import check_target
@@ -29,7 +32,17 @@ from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_
 from hetero_rl.errors import RunFolderError
 from hetero_rl.foreign import Foreign
 from hetero_rl.inputs import check_inputs
-from hetero_rl.run_folder import PROFILE_FILE, RunFolder, check_free, check_output, check_same_run, create_run, default_run_dir, open_run
+from hetero_rl.run_folder import (
+    PROFILE_FILE,
+    RunFolder,
+    check_free,
+    check_output,
+    check_same_run,
+    create_run,
+    default_run_dir,
+    locked,
+    open_run,
+)
 from hetero_rl.unused_settings import unused_settings
 
 if TYPE_CHECKING:
@@ -56,7 +69,7 @@ def run_training(
         check_free(run_dir or default_run_dir(profile.name))
     inputs = check_inputs(config, profile)
     for sentence in () if resume else unused_settings(config):
-        console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False, soft_wrap=True)
+        _warn(console, sentence)
     if dry_run:
         console.print_json(config.model_dump_json())
         fits = f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; everything fits"
@@ -68,7 +81,7 @@ def run_training(
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
 
-    with View(console) as view:
+    with locked(run.path), View(console) as view:
         result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
@@ -77,7 +90,7 @@ def run_training(
             highlight=False,
             soft_wrap=True,
         )
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + (result.stopped_by or signal.SIGINT)
     if result.start_accuracy is not None and result.final_accuracy is not None:
         console.print(
             f"deployed accuracy {result.start_accuracy:.1%} -> {result.final_accuracy:.1%} on {config.evaluation.num_final_problems} "
@@ -91,8 +104,10 @@ def run_training(
     return 0
 
 
-def run_export(console: Console, source: Path, target: str | None, out: Path | None, bundle: Path | None, sign: Path | None) -> None:
-    """`export`: the newest checkpoint of a run, quantized, served, probed and sealed; for another `target` on request.
+def run_export(
+    console: Console, source: Path, target: str | None, out: Path | None, bundle: Path | None, sign: Path | None, which: str = "newest"
+) -> None:
+    """`export`: a checkpoint of a run (`newest`, `best`, or a step), quantized, served, probed, sealed; for another `target` on request.
 
     Where `source` is an artifact already, its bytes stay as they are: it is only signed and packed.
     """
@@ -101,6 +116,8 @@ def run_export(console: Console, source: Path, target: str | None, out: Path | N
         raise UsageError(
             f"{source} is an artifact already: give --bundle or --sign. --out and --target want the run folder that it came from"
         )
+    if is_artifact and which != "newest":
+        raise UsageError(f"{source} is an artifact already: --checkpoint wants the run folder that it came from")
     if out is None and bundle is None and not (is_artifact and sign):
         raise UsageError("export needs --out FOLDER, --bundle FILE or both" + (", or --sign KEY" if is_artifact else ""))
     for path, option in ((out, "--out"), (bundle, "--bundle")):
@@ -118,23 +135,24 @@ def run_export(console: Console, source: Path, target: str | None, out: Path | N
         return
     with tempfile.TemporaryDirectory(dir=(out or bundle or source).resolve().parent) as scratch:
         folder = out or Path(scratch) / "artifact"
-        accuracy = _export_run(console, source, target, folder)
+        accuracy = _export_run(console, source, target, folder, which)
         console.print(f"deployed accuracy {accuracy:.1%}", highlight=False)
         sign_and_pack(console, folder, bundle, sign)
     if out is not None:
         console.print(f"artifact {out}", highlight=False, soft_wrap=True)
 
 
-def _export_run(console: Console, run_path: Path, target: str | None, out: Path) -> float:
+def _export_run(console: Console, run_path: Path, target: str | None, out: Path, which: str) -> float:
     run, config, profile, same_target = _opened(run_path, target)
     _prepare_process()
     inputs = check_inputs(config, profile)
+    from hetero_rl.checkpoint import chosen_checkpoint
     from hetero_rl.export import export_artifact
     from hetero_rl.loop import measure_start
-    from hetero_rl.parts import assemble, newest_checkpoint
+    from hetero_rl.parts import assemble
     from hetero_rl.view import View
 
-    checkpoint = newest_checkpoint(run)
+    checkpoint = chosen_checkpoint(run.checkpoints, which, lambda text: _warn(console, text))
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
@@ -175,11 +193,45 @@ def run_probe(
         console.print(f"{name:<9}{line}", highlight=False, soft_wrap=True, markup=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where `verify-deploy` writes its report; None: not."""
+
+    json: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
+    markdown: Path | None = None
+
+    def check(self) -> None:
+        """Raises `UsageError` for a file that could not be written, before anything is measured."""
+        for name in ("json", "html", "junit", "markdown"):
+            check_output(getattr(self, name), f"--{name}")
+
+    def write(self, report: Report) -> None:
+        """Write `report` to each of the files."""
+        if self.json is not None:
+            self.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+        if self.html is not None:
+            write_html(report, self.html)
+        if self.junit is not None:
+            write_junit(report, self.junit)
+        if self.markdown is not None:
+            write_markdown(report, self.markdown)
+
+
+def run_comparison(console: Console, a: Path, b: Path, html_file: Path | None) -> None:
+    """`compare`: two reports side by side."""
+    check_output(html_file, "--html")
+    sections = compare(read_report(a), read_report(b))
+    print_comparison(sections, console)
+    if html_file is not None:
+        write_comparison(sections, html_file)
+
+
 def run_verify(
     console: Console,
     artifact: Path,
-    json_file: Path | None,
-    html_file: Path | None,
+    outputs: Outputs,
     reward_name: str | None,
     settings: Sequence[str],
     *,
@@ -195,9 +247,8 @@ def run_verify(
 
     With a `learner`, a folder, activations are compared too (`--bisect`).
     """
-    check_output(json_file, "--json")
-    check_output(html_file, "--html")
-    trust.check(json_file)
+    outputs.check()
+    trust.check(outputs.json)
     bounds = parse_bounds(settings)
     if model is not None and server is None:
         raise UsageError("--model names a model of a running server: give --server URL too")
@@ -211,12 +262,9 @@ def run_verify(
         gates = with_bounds(manifest.profile.gates, bounds)
         report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, learner, full=full)
     print_table(report, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
-        if trust.sign_report is not None:
-            sign_file(json_file, trust.sign_report)
-    if html_file is not None:
-        write_html(report, html_file)
+    outputs.write(report)
+    if outputs.json is not None and trust.sign_report is not None:
+        sign_file(outputs.json, trust.sign_report)
     return EXIT_CODES[report.verdict]
 
 
@@ -241,10 +289,10 @@ def _measured(
 
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
     if manifest.task is not None and reward is None:
-        console.print(
-            f"[yellow]warning:[/yellow] the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
+        _warn(
+            console,
+            f"the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
-            soft_wrap=True,
         )
     with console.status("reading the artifact") as status:
         inspection = inspect_artifact(folder, manifest, probes)
@@ -270,9 +318,15 @@ def _measured(
 
 
 def run_evaluation(
-    console: Console, run_path: Path | None, target: str | None, files: Sequence[Path], settings: Sequence[str], json_file: Path | None
+    console: Console,
+    run_path: Path | None,
+    target: str | None,
+    files: Sequence[Path],
+    settings: Sequence[str],
+    json_file: Path | None,
+    which: str = "newest",
 ) -> None:
-    """`eval`: accuracy on both machines and the gap, for a run's newest checkpoint or for a model as it is."""
+    """`eval`: accuracy on both machines and the gap, for a checkpoint of a run or for a model as it is."""
     check_output(json_file, "--json")
     run, same_target = None, True
     if run_path is not None:
@@ -283,11 +337,12 @@ def run_evaluation(
         config, profile = load_config(files, settings, target)
     _prepare_process()
     inputs = check_inputs(config, profile)
+    from hetero_rl.checkpoint import chosen_checkpoint
     from hetero_rl.loop import evaluate, measure_start
-    from hetero_rl.parts import assemble, newest_checkpoint
+    from hetero_rl.parts import assemble
     from hetero_rl.view import View
 
-    checkpoint = newest_checkpoint(run) if run is not None else None
+    checkpoint = chosen_checkpoint(run.checkpoints, which, lambda text: _warn(console, text)) if run is not None else None
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
@@ -339,6 +394,10 @@ def _resumed(
             f"({run_dir / PROFILE_FILE}). Resume without --target, --config and --set, or start a new run"
         )
     return run, new, profile
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
 
 
 def _require_runnable(profile: TargetProfile) -> None:

@@ -310,6 +310,8 @@ class CheckpointConfig(_Table):
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the one of the highest deployed accuracy too, among those of steps that were evaluated (`export --checkpoint best`)."""
 
 
 class EvaluationConfig(_Table):

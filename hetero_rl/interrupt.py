@@ -1,4 +1,4 @@
-"""What may end a run early without costing a step: Ctrl-C, and an engine or a reward that fails while a rollout is made."""
+"""What may end a run early without costing a step: Ctrl-C, SIGTERM, and an engine or a reward that fails while a rollout is made."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from hetero_rl.view import View
 
 
 @contextmanager
-def interrupt_flag(view: View) -> Iterator[list[bool]]:
-    """A list that becomes non-empty on the first Ctrl-C; the second one stops at once."""
-    flag: list[bool] = []
+def stop_signals(view: View) -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT (Ctrl-C) or SIGTERM (a scheduler's notice); the second Ctrl-C stops at once."""
+    received: list[int] = []
 
-    def on_interrupt(signum: int, frame: object) -> None:
-        if flag:
+    def on_signal(signum: int, frame: object) -> None:
+        if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        flag.append(True)
-        view.warn("interrupted: finishing this step and saving a checkpoint; press Ctrl-C again to stop at once")
+        if not received:
+            received.append(signum)
+            how = "interrupted" if signum == signal.SIGINT else "told to end (SIGTERM)"
+            view.warn(f"{how}: finishing this step and saving a checkpoint; press Ctrl-C again to stop at once")
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    previous = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield flag
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def saved_on_failure(folder: Path, state: LoopState, learner: Learner, config: R
             view.warn("this is between two publishes, where no checkpoint can be made; --resume goes on from the last one")
             raise
         try:
-            save_checkpoint(folder, state, learner, config.checkpoint.keep)
+            save_checkpoint(folder, state, learner, config.checkpoint)
             view.warn(f"saved a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
         except OSError as error:
             view.warn(f"no checkpoint of step {state.step} could be saved: {error}")

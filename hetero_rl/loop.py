@@ -25,13 +25,13 @@ from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, inf
 from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.algorithm.tolerance import mean_gap, measure_floor, tolerance_from
-from hetero_rl.checkpoint import LoopState, save_checkpoint
+from hetero_rl.checkpoint import LoopState, newest_whole, save_checkpoint
 from hetero_rl.config import BF16_GAP, ConstraintConfig, RunConfig
 from hetero_rl.export import export_artifact
-from hetero_rl.interrupt import interrupt_flag, saved_on_failure
+from hetero_rl.interrupt import saved_on_failure, stop_signals
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
-from hetero_rl.parts import Inputs, Parts, assemble, newest_checkpoint
+from hetero_rl.parts import Inputs, Parts, assemble
 from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
 from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, sample, seeded, train_sequences
 from hetero_rl.run_folder import RunFolder
@@ -45,19 +45,21 @@ PROOF_RESPONSE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a run ended; `artifact` is None when it was interrupted."""
+    """How a run ended; `artifact` is None when it was interrupted, by the signal `stopped_by`."""
 
     step: int
     artifact: Path | None
     start_accuracy: float | None
     final_accuracy: float | None
+    stopped_by: int | None = None
 
 
 def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View, inputs: Inputs, *, resume: bool = False) -> TrainResult:
-    """Train, publish after every step, export at the end; Ctrl-C finishes the step, saves a checkpoint and returns."""
+    """Train, publish after every step, export at the end; Ctrl-C or SIGTERM finishes the step, saves and returns."""
     loop, gate = config.loop, config.loop.publish_gate
     with ExitStack() as stack:
-        parts = assemble(config, profile, run.serving, view, stack, inputs, newest_checkpoint(run) if resume else None)
+        checkpoint = newest_whole(run.checkpoints, view.warn) if resume else None
+        parts = assemble(config, profile, run.serving, view, stack, inputs, checkpoint)
         task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
         state = parts.restored
         if state is None:
@@ -67,7 +69,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         metrics = stack.enter_context(MetricsWriter(run.path, state.metrics_offset if resume else None))
         snapshot = learner.snapshot() if loop.publish_every > 1 else None
         ahead = stack.enter_context(Ahead(lambda step, lap: collect(publisher.engine, task, sampling, loop, step, lap)))
-        interrupted = stack.enter_context(interrupt_flag(view))
+        stopped_by = stack.enter_context(stop_signals(view))
         view.start(config, profile, state)
 
         if parts.restored is None:
@@ -78,7 +80,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             view.step(row)
 
         # An interrupt takes effect where learner and engine hold the same weights, so that a resume finds both again.
-        while state.step < loop.num_steps and not (interrupted and state.step % loop.publish_every == 0):
+        while state.step < loop.num_steps and not (stopped_by and state.step % loop.publish_every == 0):
             clock = Clock()
             with saved_on_failure(run.checkpoints, state, learner, config, view):
                 rollouts, phases = ahead.take(state.step)
@@ -118,22 +120,23 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if dual.bound != state.dual.bound:
                 view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
-            state = replace(state, calibration=publisher.calibration)
+            state = replace(state, calibration=publisher.calibration, deployed_accuracy=None)
             row = step_row(state, rollouts, update, multiplier, proof_gap, rejected)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
-                row |= evaluate(parts, num_problems)
+                evaluated = evaluate(parts, num_problems)
+                row, state = row | evaluated, replace(state, deployed_accuracy=evaluated["eval/deployed_accuracy"])
                 clock.lap("perf/eval_s")
             row |= phases | clock.row(rollouts.num_tokens / phases["perf/rollout_s"])
             metrics.write(row)
             view.step(row)
             state = replace(state, metrics_offset=metrics.offset)
             if state.step % config.checkpoint.every_steps == 0 or state.step == loop.num_steps:
-                save_checkpoint(run.checkpoints, state, learner, config.checkpoint.keep)
+                save_checkpoint(run.checkpoints, state, learner, config.checkpoint)
 
         if state.step < loop.num_steps:
-            save_checkpoint(run.checkpoints, state, learner, config.checkpoint.keep)
-            return TrainResult(state.step, None, state.start_accuracy, None)
+            save_checkpoint(run.checkpoints, state, learner, config.checkpoint)
+            return TrainResult(state.step, None, state.start_accuracy, None, stopped_by[0])
         view.phase("exporting the artifact")
         artifact_accuracy = export_artifact(config, profile, parts, state, run.artifact)
         return TrainResult(state.step, run.artifact, state.start_accuracy, artifact_accuracy)

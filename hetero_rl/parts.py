@@ -12,14 +12,13 @@ from deploy_targets.profile import TargetProfile
 from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
 from hetero_rl.algorithm.kinds import PAIRED
-from hetero_rl.checkpoint import LoopState, checkpoints, load_state
+from hetero_rl.checkpoint import LoopState, load_state
 from hetero_rl.config import RunConfig
 from hetero_rl.inputs import Inputs as Inputs
 from hetero_rl.inputs import check_inputs
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.model import stop_tokens
 from hetero_rl.publish import Publisher
-from hetero_rl.run_folder import RunFolder
 from hetero_rl.tasks.base import Task
 from hetero_rl.view import View
 
@@ -99,9 +98,3 @@ def returning_routes(profile: TargetProfile) -> TargetProfile:
     """The target as training runs it with `algorithm.routing_replay`; what ships is `profile` as it is."""
     options = {**profile.engine.options, RETURN_ROUTES: True}
     return profile.model_copy(update={"engine": profile.engine.model_copy(update={"options": options})})
-
-
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """The newest whole checkpoint of a run, None when it has none yet."""
-    found = checkpoints(run.checkpoints)
-    return found[-1] if found else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +24,7 @@ from hetero_rl.errors import RunFolderError
 CONFIG_FILE = "config.json"
 PROFILE_FILE = "profile.json"
 ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = "lock"
 MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation")
 """Settings that a resumed run may change: they do not reach the steps already taken."""
 
@@ -69,10 +73,33 @@ def create_run(path: Path, config: RunConfig, profile: TargetProfile) -> RunFold
     return RunFolder(path)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a run folder to this process: two trainers would take turns at each other's files.
+
+    The kernel lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        RunFolderError: another process trains there.
+    """
+    with open(path / LOCK_FILE, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunFolderError(f"run folder {path} is in use by {holder}. Wait for it, stop it, or give another --run-dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def check_free(path: Path) -> None:
-    """Raises `RunFolderError` when the folder of a new run already holds something; makes nothing."""
+    """Raises `RunFolderError` when the folder of a new run already holds more than one that was killed before it began; makes nothing."""
     try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        begun = {name + end for name in (PROFILE_FILE, ENVIRONMENT_FILE, CONFIG_FILE) for end in ("", ".partial")} - {CONFIG_FILE}
+        taken = path.exists() and (not path.is_dir() or any(entry.name not in begun for entry in path.iterdir()))
     except OSError as error:
         raise RunFolderError(f"run folder {path} cannot be written: {error.strerror}. Give another one with --run-dir") from None
     if taken:

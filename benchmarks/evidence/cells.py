@@ -93,7 +93,7 @@ SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=
 REGIMES = {
     "on_policy": (),
     "stale": ("learner.updates_per_rollout=4",),
-    "high_lr": ("learner.lr=1e-3",),
+    "high_lr": ("learner.lr=4e-4",),
     "one_step_off": ("loop.schedule=one_step_off",),
 }
 
@@ -169,7 +169,7 @@ class Block:
     seeds: Sequence[int]
 
 
-FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "grey_dual", "recipe", "fake_quant_recipe")
+FINALISTS = ("control", "ptq", "grpo", "tis", "fake_quant", "recipe")
 FEW = ("control", "ptq", "grpo", "fake_quant", "recipe")
 FIVE = (0, 1, 2, 3, 4)
 ALL = tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual")

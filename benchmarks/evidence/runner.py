@@ -31,6 +31,7 @@ from hetero_rl.run_folder import ENVIRONMENT_FILE
 ROOT = Path(__file__).parents[2]
 _SHARED: dict[Path, Lock] = {}
 """Runs that several cells share; the first to come makes them."""
+WARM_STARTS = Path(__file__).parent / "warm_starts"
 COLLAPSE = 0.5
 """A run has collapsed when it ends below this share of its best deployed accuracy."""
 
@@ -75,7 +76,7 @@ def run_cells(wanted: Iterable[Cell], out: Path, work: Path, num_jobs: int, extr
 
 
 def prepare(task: str, work: Path) -> None:
-    """Problems and warm start of a task, made once."""
+    """Problems and warm start of a task, made once; the warm starts of the published lines are kept, for another CPU makes others."""
     size = TASKS[task].size
     work.mkdir(parents=True, exist_ok=True)
     if size is None or (work / task / "model" / "config.json").is_file():
@@ -84,7 +85,10 @@ def prepare(task: str, work: Path) -> None:
         made = Path(folder) / task
         made.mkdir()
         write_files(task, made)
-        warm_start(task, SIZES[size], made / "model")
+        if (kept := WARM_STARTS / task).is_dir():
+            shutil.copytree(kept, made / "model")
+        else:
+            warm_start(task, SIZES[size], made / "model")
         shutil.rmtree(work / task, ignore_errors=True)
         shutil.move(made, work / task)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy_targets.cache import kept
 from deploy_targets.errors import EngineError, MissingPackageError
 from deploy_targets.types import WEIGHTS_FILE
 from deploy_targets.weights_file import tensor_layout
@@ -21,6 +24,7 @@ GRAPH_FILE = "model.onnx"
 _CACHES = ("cos_cache", "sin_cache")
 """Initializers that depend on the config alone; they stay inside the graph file."""
 _LAST_LINES = 12
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _RANDOM_WEIGHTS = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,12 +75,29 @@ class GraphSpec:
 def scaffold(model_dir: Path, out_dir: Path, spec: GraphSpec) -> None:
     """Write `model.onnx`, `genai_config.json` and the tokenizer files of `model_dir` into `out_dir`, which holds the weights file.
 
-    The builder reads weights of its own accord; where `model_dir` has none, random ones stand in, as only the graph is
-    kept. Raises `MissingPackageError` or `EngineError` (the builder's last lines, or how the graph differs from the file).
+    The builder takes seconds to minutes, and what it makes does not depend on the weights: it is kept for the next run (`cache.py`).
+    Raises `MissingPackageError` or `EngineError` (the builder's last lines, or how the graph differs from the file).
     """
     for package in ("onnx", "onnx_ir", "onnxruntime_genai", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(package, "making the ONNX graph", "train" if package == "transformers" else "onnx-export")
+    for file in kept("onnx-graphs", _key(model_dir, out_dir, spec), lambda folder: _build(model_dir, out_dir, spec, folder)):
+        shutil.copy(file, out_dir)
+
+
+def _key(model_dir: Path, out_dir: Path, spec: GraphSpec) -> list[object]:
+    """All that the graph depends on: the model's files but for its weights, the layout of ours, the options, and who builds it."""
+    small = sorted(path for path in model_dir.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in small]
+    versions = [version(package) for package in ("onnx", "onnx-ir", "onnxruntime-genai", "transformers")]
+    return [files, sorted(tensor_layout(out_dir / WEIGHTS_FILE).items()), asdict(spec), versions, Path(__file__).read_text("utf-8")]
+
+
+def _build(model_dir: Path, out_dir: Path, spec: GraphSpec, target: Path) -> None:
+    """Run the builder, and write what it makes for the weights file of `out_dir` into `target`.
+
+    It reads weights of its own accord; where `model_dir` has none, random ones stand in, as only the graph is kept.
+    """
     with tempfile.TemporaryDirectory(prefix="onnx-scaffold-") as folder:
         source = model_dir
         if not any(model_dir.glob("*.safetensors")):
@@ -90,12 +111,12 @@ def scaffold(model_dir: Path, out_dir: Path, spec: GraphSpec) -> None:
         paths = ["-m", str(source.resolve()), "-o", str(built), "-c", str(Path(folder) / "cache")]
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         _run([*builder, *paths, *spec.builder_options()], "the onnxruntime-genai builder")
-        _write_graph(built / GRAPH_FILE, out_dir, spec)
+        _write_graph(built / GRAPH_FILE, out_dir / WEIGHTS_FILE, spec, target / GRAPH_FILE)
         for file in built.iterdir():
             if not file.name.startswith(GRAPH_FILE):
-                shutil.copy(file, out_dir)
+                shutil.copy(file, target)
         if spec.provider == "cpu":
-            _drop_providers(out_dir / "genai_config.json")
+            _drop_providers(target / "genai_config.json")
 
 
 def _drop_providers(path: Path) -> None:
@@ -114,13 +135,13 @@ def _run(command: list[str], what: str) -> None:
         raise EngineError(f"{what} failed with exit code {done.returncode}. Its last lines:\n{last}")
 
 
-def _write_graph(built: Path, out_dir: Path, spec: GraphSpec) -> None:
-    """Copy the graph `built` to `out_dir`, its weights turned into references into `out_dir`'s safetensors file."""
+def _write_graph(built: Path, weights: Path, spec: GraphSpec, target: Path) -> None:
+    """Copy the graph `built` to the file `target`, its weights turned into references into the safetensors file `weights`."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor
 
     model = onnx.load(str(built), load_external_data=False)
-    layout = tensor_layout(out_dir / WEIGHTS_FILE)
+    layout = tensor_layout(weights)
     dtypes = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.UINT8: "U8"}
     problems = _option_problems(model, spec)
     for tensor in model.graph.initializer:
@@ -142,7 +163,7 @@ def _write_graph(built: Path, out_dir: Path, spec: GraphSpec) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise EngineError(f"the graph of the onnxruntime-genai builder does not match the weights file (tested with 0.18):\n{lines}")
-    onnx.save(model, str(out_dir / GRAPH_FILE))
+    onnx.save(model, str(target))
 
 
 def _option_problems(model: Any, spec: GraphSpec) -> list[str]:

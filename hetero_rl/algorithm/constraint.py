@@ -17,7 +17,8 @@ Bias and variance: the average lags the gap by about ema / (1 - ema) steps and d
 Inside the tolerance lambda falls to `least`: to 0, and learning is free, or to a pull that stays. A constraint that cannot
 be met would push lambda up for ever and let the penalty eat the reward. So two watches bound it, for good, and say so:
 
-- the gap did not fall in `patience` steps of violation, while lambda stood at its cap or rose by `min_rise` of it;
+- the gap did not fall in `patience` steps of violation, while lambda stood at its cap, or rose by `min_rise` of it with a violation
+  of more than `min_violation` throughout: nearer than that the noise of floor and gap keeps a bound that is met in the end violated;
 - (where `reward_window` > 0) lambda rose or stood at its bound over a window in which the averaged reward fell: halved.
 """
 
@@ -51,6 +52,8 @@ class DualConfig:
     """Steps in violation with a gap that does not fall before the constraint counts as infeasible."""
     min_progress: float = 0.02
     """Relative fall of the averaged gap that counts as progress and starts `patience` anew."""
+    min_violation: float = 0.1
+    """Relative violation up to which a lambda below its cap may go on rising."""
     controller: Controller = "dual"
     """What moves lambda."""
     kp: float = 0.0
@@ -167,7 +170,8 @@ def _controlled(state: DualState, violation: float, rise: float, config: DualCon
 def _watch_gap(state: DualState, violation: float, config: DualConfig) -> DualState:
     """Count the steps in violation that lambda spends to no avail; give the constraint up when they are too many."""
     assert state.gap_ema is not None
-    if state.infeasible or violation <= 0.0:
+    near = violation <= (0.0 if state.multiplier >= config.lambda_max else config.min_violation)
+    if state.infeasible or near:
         return replace(state, watched_steps=0)
     if state.watched_steps == 0 or state.gap_ema < (1.0 - config.min_progress) * state.watched_gap:
         return replace(state, watched_steps=1, watched_gap=state.gap_ema, watched_multiplier=state.multiplier)

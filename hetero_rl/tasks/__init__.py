@@ -22,7 +22,7 @@ def load_task(config: TaskConfig, tokenizer: Tokenizer, seed: int) -> Task:
     from hetero_rl.tasks.dataset import load_dataset_task
     from hetero_rl.tasks.rewards import load_reward
 
-    reward = load_reward(config.reward_terms)
+    reward = load_reward(config.reward_terms, config.reward_timeout_s)
     if config.type == "arithmetic":
         return ArithmeticTask(tokenizer, reward, digits=config.digits, operations=config.operations, seed=seed)
     return load_dataset_task(config, tokenizer, reward, seed)

@@ -26,6 +26,9 @@ class RewardTerm(_Table):
 class _TaskTable(_Table):
     reward: str | tuple[RewardTerm, ...] = "exact"
     """A reward by name, or a list of {name, weight} to be summed (docs of `hetero_rl.tasks.rewards`)."""
+    reward_timeout_s: float | None = Field(None, gt=0)
+    """Seconds that a call of your own reward function may take; one that hangs then ends the run with its checkpoint saved. It is
+    called in a thread of its own where this is set."""
 
     @field_validator("reward")
     @classmethod

@@ -27,8 +27,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import cache
+from multiprocessing import get_context
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -70,8 +73,8 @@ def numeric(completion: str, answer: str) -> float:
 def math_verify(completion: str, answer: str) -> float:
     """1.0 where math-verify holds both for the same; 0.0 where it differs, finds nothing, or runs out of its time limit."""
     if threading.current_thread() is not threading.main_thread():
-        # Its limits are signal.alarm, which only the main thread can set; without them `9^{9^{9^{9}}}` would hang the run.
-        raise RuntimeError("math_verify works in the main thread only: its time limits are signals")
+        # Its limits are signal.alarm, which only a main thread can set; without them `9^{9^{9^{9}}}` would hang the run.
+        return _another_main_thread().submit(math_verify, completion, answer).result()
     parse, verify = _math_verify_functions()
     # A plain answer such as 1/2 is LaTeX only between dollars; both readings are tried.
     right = parse(answer, parsing_timeout=MATH_VERIFY_LIMIT_S) or parse(f"${answer}$", parsing_timeout=MATH_VERIFY_LIMIT_S)
@@ -89,6 +92,8 @@ class Reward:
 
     terms: tuple[tuple[str, float, Callable[..., Any]], ...]
     """(name, weight, function) of each term."""
+    timeout_s: float | None = None
+    """Seconds that a call of a user's function may take."""
 
     @property
     def needs_answers(self) -> bool:
@@ -99,7 +104,7 @@ class Reward:
         """One reward per completion, None where no term gave a number; problem i belongs to completion i.
 
         Raises:
-            RewardError: a function raised, or gave something other than one number or None per completion.
+            RewardError: a function raised, took too long, or gave something other than one number or None per completion.
         """
         if len(problems) != len(completions):
             raise ValueError(f"{len(problems)} problems for {len(completions)} completions")
@@ -110,22 +115,22 @@ class Reward:
             if name in BUILT_IN:
                 values = _call_built_in(name, function, problems, completions)
             else:
-                values = _call_user_function(name, function, problems, completions)
+                values = _call_user_function(name, function, problems, completions, self.timeout_s)
             for index, value in enumerate(values):
                 if value is not None:
                     sums[index] = (sums[index] or 0.0) + weight * value
         return sums
 
 
-def load_reward(terms: Sequence[RewardTerm]) -> Reward:
-    """Find the functions of all `terms`.
+def load_reward(terms: Sequence[RewardTerm], timeout_s: float | None = None) -> Reward:
+    """Find the functions of all `terms`; a call of a user's own may take `timeout_s`.
 
     Raises:
         UnknownNameError: a name that is neither built-in nor `module:function`.
         MissingPackageError: `math_verify` without the package.
         UsageError: a module that cannot be imported, or has no such function, or an async one.
     """
-    return Reward(tuple((term.name, term.weight, _find(term.name)) for term in terms))
+    return Reward(tuple((term.name, term.weight, _find(term.name)) for term in terms), timeout_s)
 
 
 def reward_text(terms: Sequence[RewardTerm]) -> str:
@@ -222,7 +227,7 @@ def _call_built_in(name: str, function: BuiltIn, problems: Sequence[Problem], co
 
 
 def _call_user_function(
-    name: str, function: Callable[..., Any], problems: Sequence[Problem], completions: Sequence[str]
+    name: str, function: Callable[..., Any], problems: Sequence[Problem], completions: Sequence[str], timeout_s: float | None
 ) -> list[float | None]:
     # Rows of a JSONL file need not all have the same columns.
     names = [key for key in dict.fromkeys(key for problem in problems for key in problem.columns) if key not in ("prompts", "completions")]
@@ -234,7 +239,7 @@ def _call_user_function(
     ]
     example = f"The call had {len(problems)} samples; the first:\n{_show(problems[0], completions[0])}"
     try:
-        values = function(prompts=prompts, completions=texts, **columns)
+        values = _within(timeout_s, lambda: function(prompts=prompts, completions=texts, **columns))
     except Exception as error:
         hint = ""
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
@@ -252,6 +257,27 @@ def _call_user_function(
     if num_nan:
         warnings.warn(f"reward {name!r} gave NaN for {num_nan} of {len(numbers)} completions; counted as None", stacklevel=3)
     return [None if value is None or math.isnan(value) else value for value in numbers]
+
+
+def _within(timeout_s: float | None, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises; `TimeoutError` after `timeout_s` seconds, for which it runs in a thread that nobody waits for."""
+    if timeout_s is None:
+        return call()
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="reward", daemon=True).start()
+    try:
+        return outcome.result(timeout_s)
+    except TimeoutError:
+        if outcome.done():
+            raise
+        raise TimeoutError(f"no answer within {timeout_s:g} s (task.reward_timeout_s)") from None
 
 
 def _number(name: str, value: Any, problem: Problem, completion: str) -> float | None:
@@ -283,6 +309,11 @@ def _last_number(text: str) -> Decimal | None:
         return Decimal(found[-1].replace(",", "")) if found else None
     except InvalidOperation:
         return None
+
+
+@cache
+def _another_main_thread() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"))
 
 
 def _math_verify_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:

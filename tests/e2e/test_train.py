@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
@@ -84,15 +86,22 @@ def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
 
 
 def test_verify_deploy(run: Path, tmp_path: Path) -> None:
-    result = hetero_rl("verify-deploy", run / "artifact", "--json", "v.json", "--html", "v.html", cwd=tmp_path)
+    outputs = ("--json", "v.json", "--html", "v.html", "--junit", "v.xml", "--markdown", "v.md")
+    result = hetero_rl("verify-deploy", run / "artifact", *outputs, cwd=tmp_path)
     report = json.loads((tmp_path / "v.json").read_text())
+    schema = json.loads((resources.files("deploy_targets") / "schemas" / "verify-report-1.json").read_text("utf-8"))
+    jsonschema.validate(report, schema, cls=jsonschema.Draft202012Validator)
+    assert (tmp_path / "v.xml").read_text().count("<testcase") == len(report["gates"])
+    assert (tmp_path / "v.md").read_text().startswith(f"## verify-deploy int4-onnx: {report['verdict']}")
+    assert hetero_rl("compare", "v.json", "v.json", "--html", "both.html", cwd=tmp_path).returncode == 0
+    fails(hetero_rl("compare", "v.json", "v.md", cwd=tmp_path), 2, "v.md", "cannot be read as a report")
     assert report["verdict"] in ("pass", "warn"), report["gates"]
     assert result.returncode == 0, result.stderr
     assert {"gap", "kl_k3", "greedy_agreement", "task_accuracy", "gates", "artifact_sha256", "engine", "hardware"} <= set(report)
     assert {"mean", "p99", "max", "interval"} <= set(report["gap"])
     assert report["task_accuracy"] == pytest.approx(read_metrics(run)[-1]["eval/deployed_accuracy"])
     assert report["gap"]["num_tokens"] >= 512
-    num_probes = report["gap"]["num_sequences"] + sum(kind["gap"]["num_sequences"] for kind in report["other_kinds"].values())
+    num_probes = report["gap"]["num_sequences"] + sum(kind["num_sequences"] for kind in report["other_kinds"].values())
     assert report["measured"] == {"probes": num_probes, "num_probes": num_probes, "problems": 64, "num_problems": 64, "stopped": ""}
     assert (report["task_paired"]["num_pairs"], report["task_paired"]["lost"] + report["task_paired"]["gained"] <= 2) == (64, True)
     for measured in report["measures"].values():
@@ -149,7 +158,7 @@ def test_changed_probe_is_named(artifact: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """A run that was killed (SIGKILL) after its third step, its checkpoint being of the second."""
+    """A run that was killed (SIGKILL) after its third step, its last whole checkpoint being of the second."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hetero_rl", *TRAIN, "--run-dir", "run"], cwd=tmp_path, env=environment_of({}), stdout=subprocess.DEVNULL
     )
@@ -159,6 +168,9 @@ def killed(tmp_path: Path) -> Path:
         time.sleep(0.01)
     process.kill()
     process.wait()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000003")
+    os.truncate(next((checkpoints / "step-000003" / "learner").iterdir()), 1000)
     return tmp_path / "run"
 
 
@@ -166,6 +178,7 @@ def test_resume_equals_uninterrupted(run: Path, killed: Path) -> None:
     assert not (killed / "artifact").exists()
     result = hetero_rl("train", "--resume", "--run-dir", killed, cwd=killed.parent)
     assert result.returncode == 0, result.stderr
+    assert "step-000003 is damaged and left aside: learner/" in result.stdout
     assert [exact(row) for row in read_metrics(killed)] == [exact(row) for row in read_metrics(run)]
     assert sha256_of(killed / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
 
@@ -175,7 +188,8 @@ def test_resume_refuses_another_recipe(run: Path, tmp_path: Path) -> None:
     fails(result, 2, "learner.lr", "0.0001 -> 1.0")
 
 
-def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint(signum: int, exit_code: int, tmp_path: Path) -> None:
     settings = with_settings("loop.num_steps=500", "checkpoint.every_steps=400")
     process = subprocess.Popen(
         [sys.executable, "-m", "hetero_rl", *TRAIN, *settings, "--run-dir", "run"],
@@ -185,9 +199,10 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path: Path) -> None:
     deadline = time.monotonic() + 240
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    fails(hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path), 2, f"in use by process {process.pid} on")
+    os.kill(process.pid, signum)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == exit_code, err
     assert "--resume" in out
     assert "Traceback" not in err
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()

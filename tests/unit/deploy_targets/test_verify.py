@@ -28,10 +28,10 @@ from tests.artifacts import VERSION, make_artifact
 from tests.conftest import TinyModels
 
 KEYS = [
-    "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity", "other_kinds", "learner", "task_accuracy",
-    "task_accuracy_at_export", "task_paired", "gates", "blame", "blame_looked_at", "layers", "settings", "engine_checks", "gates_changed",
-    "measured", "artifact_sha256", "hashes_checked", "engine", "hardware", "floor", "tolerance", "cost", "generate_tokens_per_s",
-    "seconds", "created",
+    "format", "target", "model", "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity",
+    "other_kinds", "learner", "task_accuracy", "task_accuracy_at_export", "task_paired", "gates", "blame", "blame_looked_at", "layers",
+    "settings", "activations", "engine_checks", "gates_changed", "measured", "artifact_sha256", "hashes_checked", "engine", "hardware",
+    "floor", "tolerance", "cost", "generate_tokens_per_s", "seconds", "created",
 ]  # fmt: skip
 
 

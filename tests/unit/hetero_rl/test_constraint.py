@@ -72,6 +72,15 @@ def test_a_gap_that_meets_the_tolerance_now_and_then_is_not_infeasible() -> None
     assert not run(DualState(2.0), [0.0202, 0.0199] * 40, replace(CONFIG, eta=0.001)).infeasible
 
 
+def test_near_the_tolerance_lambda_goes_on_rising_until_its_cap() -> None:
+    """The floor, and with it the tolerance, is measured to some ten percent: a gap that hovers there is not beyond reach."""
+    near = run(DualState(0.0), [0.0216] * 200)
+    assert not near.infeasible
+    assert near.multiplier == pytest.approx(200 * 0.1 * 0.08)
+    assert run(near, [0.0216] * 60).reason == "cap"
+    assert run(DualState(0.0), [0.0224] * 60).reason == "rising"
+
+
 def test_fixed_keeps_lambda_and_still_averages() -> None:
     state = run(DualState(0.3), [0.05] * 50, replace(CONFIG, controller="fixed"))
     assert (state.multiplier, state.gap_ema) == (0.3, pytest.approx(0.05))
