@@ -3,6 +3,7 @@
     model.safetensors      the weights the engine last served, in the target's checkpoint format (GGUF targets: model.gguf)
     config, graph, ...     engine-native files, tokenizer.json
     probes.st     golden probes: token sequences with the learner's log-probs (`probes.py`)
+    fingerprint.json       what the learner knew of every tensor and setting (`fingerprint.py`)
     task_sample.jsonl      optional: prompts on which task accuracy is measured on the target
     manifest.json          written last: an artifact with a manifest is complete
     model.sig              optional: a signature of all of these (`signing.py`)

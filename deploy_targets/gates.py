@@ -17,18 +17,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from deploy_targets.bootstrap import CONFIDENCE, Floats, Measure, measure, ratio
+from deploy_targets.engine_checks import EngineCheck
 from deploy_targets.errors import EXIT_GATE, EXIT_UNDECIDED
 from deploy_targets.gap import Gap, Slice
+from deploy_targets.inspection import Activations, Inspection, some
 from deploy_targets.manifest import Manifest
 from deploy_targets.paired import SOLVED, Paired, compare_pairs, reward_drop, unpaired_drop
 from deploy_targets.profile import LOWER_BOUNDED, GateSpec
 from deploy_targets.serving_cost import ServingCost
 from deploy_targets.types import Machine, Server
+
+if TYPE_CHECKING:
+    from deploy_targets.blame import Blame
 
 Verdict = Literal["pass", "warn", "undecided", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "undecided", "fail")
@@ -146,6 +151,12 @@ class Report:
     gates_changed: Mapping[str, tuple[float, float]]
     server: Server | None = None
     """The server that was asked, where none was started here: `machine` is then only the machine that asked."""
+    inspection: Inspection = field(default_factory=Inspection)
+    checks: tuple[EngineCheck, ...] = ()
+    blame: Blame | None = None
+    """Of a report that does not pass: see blame.py."""
+    activations: Activations | None = None
+    """The comparison of `--bisect`."""
 
     @property
     def engine_name(self) -> str:
@@ -153,7 +164,15 @@ class Report:
         return self.manifest.profile.engine.name if self.server is None else self.server.software
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values (`schemas/verify-report-1.json`); what is infinite or was not measured is null."""
+        """The report as plain JSON values (`schemas/verify-report-1.json`); what is infinite or was not measured is null.
+
+        blame             null, or {"kind", "name", "explains", "detail", "sentence"} of the most likely cause; see blame.py
+        blame_looked_at   [{"kind", "name", "holds", "explains", "detail"}], everything that was looked at
+        layers            [{"name", "shape", "storage", "error", "error_at_export", "changed", "nonfinite", "problem"}], one for each tensor
+        settings          {"num_compared", "different": [{"name", "title", "expected", "found"}]}
+        activations       null, or {"num_sequences", "first": name or null, "modules": [{"name", "local_error", "error", "departs"}]}
+        engine_checks     [{"name", "passed", "detail", "cause"}], `passed` null where the engine could not be asked
+        """
         profile, recorded = self.manifest.profile, self.manifest.task
         measures, pairs = self.gap.measures, self.task.paired()
         engine = {
@@ -188,6 +207,15 @@ class Report:
             "task_accuracy_at_export": recorded.accuracy if recorded else None,
             "task_paired": None if pairs is None else {**asdict(pairs), "reward_drop": asdict(self.task.reward_drop)},
             "gates": [asdict(gate) for gate in self.gates],
+            "blame": None if self.blame is None else self.blame.to_json(),
+            "blame_looked_at": [] if self.blame is None else self.blame.looked_at_json(),
+            "layers": [asdict(layer) for layer in self.inspection.layers],
+            "settings": {
+                "num_compared": self.inspection.num_settings,
+                "different": [{**asdict(difference), "title": difference.title} for difference in self.inspection.settings],
+            },
+            "activations": None if self.activations is None else _activations_json(self.activations),
+            "engine_checks": [asdict(check) for check in self.checks],
             "gates_changed": {name: {"artifact": f"{old:g}", "used": f"{new:g}"} for name, (old, new) in self.gates_changed.items()},
             "measured": asdict(self.coverage),
             "artifact_sha256": self.artifact_sha256,
@@ -259,6 +287,29 @@ def judge_task(spec: GateSpec, manifest: Manifest, task: TaskResult, confidence:
     return (judge_measure(spec, "accuracy_drop", pairs.drop, f"paired by problem: {changed}"),)
 
 
+def judge_inspection(inspection: Inspection) -> tuple[Gate, ...]:
+    """The gates on settings and weights; none for an artifact without a fingerprint. One that differs is a fail."""
+    if not inspection.num_settings:
+        return ()
+    gates = [_count_gate("settings", list(map(str, inspection.settings)), f"all {inspection.num_settings} settings are as exported")]
+    if inspection.layers:
+        changed = [f"{layer.name} {layer.problem}" for layer in inspection.changed_layers]
+        gates.append(_count_gate("weights", changed, f"all {len(inspection.layers)} tensors are as exported"))
+    return tuple(gates)
+
+
+def judge_checks(checks: Sequence[EngineCheck]) -> tuple[Gate, ...]:
+    """The gate on the questions to the engine; none where none was asked."""
+    failed = [f"{check.cause} ({check.detail})" for check in checks if check.passed is False]
+    num_asked = sum(check.passed is not None for check in checks)
+    return (_count_gate("engine_checks", failed, f"{num_asked} of {len(checks)} questions asked, no contradiction"),) if checks else ()
+
+
+def _count_gate(name: str, problems: list[str], otherwise: str) -> Gate:
+    gate = Gate(name, float(len(problems)), 0.0, 0.0, "pass", some(problems) or otherwise)
+    return replace(gate, verdict=gate.level(len(problems)))
+
+
 def judge_measure(spec: GateSpec, name: str, measured: Measure, detail: str, too_few: str = "") -> Gate:
     """The gate of the bounds `name`_warn and `name`_fail on `measured`; it is undecided where `too_few` says why."""
     units = "problems" if name == "accuracy_drop" else "sequences"
@@ -326,6 +377,10 @@ def _in_units_of(measured: Measure, tolerance: float) -> Measure:
         return None if x is None else x / tolerance if tolerance > 0 else 0.0 if x == 0 else math.inf
 
     return Measure(scaled(measured.value), scaled(measured.low), scaled(measured.high), measured.num_sequences)
+
+
+def _activations_json(activations: Activations) -> dict[str, Any]:
+    return {**asdict(activations), "first": None if activations.first is None else activations.first.name}
 
 
 def _kind_json(gap: Gap) -> dict[str, Any]:

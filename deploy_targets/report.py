@@ -27,6 +27,9 @@ GATE_TITLES = {
     "kl_k3": "KL, k3 estimate (nats)",
     "greedy_agreement": "Greedy agreement",
     "accuracy_drop": "Accuracy drop since export",
+    "settings": "Settings that differ",
+    "weights": "Tensors that differ",
+    "engine_checks": "Contradictions of the engine",
 }
 MEASURE_TITLES = {
     "abs_dp_mean": "|Δp|, mean",
@@ -104,6 +107,8 @@ def print_table(report: Report, console: Console) -> None:
         console.print(f"[dim]{label:<14}[/dim]{figure}  [dim]{escape(note)}[/dim]", highlight=False)
     for sentence in (measured_sentence(report), *probe_sentences(report)):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
+    if report.blame is not None:
+        console.print(f"most likely cause: {escape(report.blame.sentence)}", highlight=False, soft_wrap=True)
     console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {SENTENCES[report.verdict]}")
 
 
@@ -275,9 +280,28 @@ def _charts(report: Report) -> list[tuple[str, str]]:
             ),
             "A gap that grows along the response may come from the KV cache; one at the start, from the prompt's prefill.",
         ),
+        *_layers_chart(report),
         *_kinds_chart(report),
         *_rewards_chart(report),
     ]
+
+
+def _layers_chart(report: Report) -> list[tuple[str, str]]:
+    """How far each tensor lies from the learner's, where the artifact knows; nothing where no tensor is rounded."""
+    from deploy_targets.charts import line_chart
+
+    layers = [layer for layer in report.inspection.layers if layer.error is not None and layer.error_at_export is not None]
+    if not any(layer.error or layer.error_at_export for layer in layers):
+        return []
+    numbers = np.arange(len(layers))
+    series = {name: (numbers, [getattr(layer, name) for layer in layers]) for name in ("error", "error_at_export")}
+    chart = line_chart(
+        {"here": series["error"], "at export": series["error_at_export"]},
+        title="Weights, tensor by tensor",
+        x_label="tensor, in the order of the model",
+        y_label="distance / norm of the learner's",
+    )
+    return [(chart, "What rounding does to each tensor, estimated here and measured at export: a tensor that was changed stands out.")]
 
 
 def _kinds_chart(report: Report) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What the target serves, held against what learned: golden probes replayed, task accuracy measured, gates judged.
 
-Three steps: `measure_gap` on the probes, `measure_task` on the task sample, `judge` by the profile's gates. The first two measure in
+The artifact itself is held against its fingerprint (`inspection.py`), and the engine is asked what has to agree (`engine_checks.py`). Then
+`measure_gap` on the probes, `measure_task` on the task sample, `judge` by the profile's gates. The first two measure in
 chunks and stop when the verdict is clear (`sequential.py` has the rule and its error rate). Symbols: p = exp(log-prob) of a given token,
 d = learner_logp - engine_logp on it, both at the probes' temperature.
 """
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from deploy_targets.artifact import MANIFEST_FILE, TASK_SAMPLE_FILE, Manifest
+from deploy_targets.engine_checks import check_engine
 from deploy_targets.errors import ArtifactError, EngineError, ProofError, UsageError
 from deploy_targets.gap import Gap, Slice
-from deploy_targets.gates import Coverage, Report, TaskResult, judge, judge_gap, judge_task, worst
+from deploy_targets.gates import Coverage, Report, TaskResult, judge, judge_checks, judge_gap, judge_inspection, judge_task, worst
 from deploy_targets.hardware import describe_machine, package_versions
+from deploy_targets.inspection import Inspection, inspect_artifact
 from deploy_targets.probes import KINDS, ProbeSet
 from deploy_targets.profile import GateSpec
 from deploy_targets.protocols import Engine
@@ -42,6 +45,8 @@ Row = Mapping[str, Any]
 _ROW = '{"prompt_tokens": [ids], "prompt": text, "columns": {...}} and may have "expected": number'
 _SCORE_CHUNK = 1024
 _GENERATE_CHUNK = 256
+_MOST_CHECKED = 32
+"""Tokens of a response that the engine is questioned about."""
 
 
 def verify(
@@ -55,13 +60,14 @@ def verify(
     server: Server | None = None,
     gates: GateSpec | None = None,
     full: bool = False,
+    inspection: Inspection | None = None,
 ) -> Report:
     """Measure `engine`, which serves the artifact in `artifact_dir`, and judge it by `gates`, by default those of the artifact's profile.
 
     `manifest` comes from `check_artifact`, which must have passed before the engine was started, or from `foreign_manifest`. Without
     `reward`, or without a task sample in the artifact, task accuracy is not measured and has no gate. `full` measures everything,
-    however clear the verdict is. `server` is what `engine` asks, where it starts none: versions of the report are then the server's, beside
-    this package's own.
+    however clear the verdict is. `inspection` is made here when not given. `server` is what `engine` asks, where it starts none: versions
+    of the report are then the server's, beside this package's own.
 
     Raises `ProofError` when engine or probes hold another weight_version than the manifest, `EngineError` when the engine answers
     with the wrong number of tokens, `ArtifactError` for a damaged task sample, `UsageError` for a reward of the wrong length.
@@ -71,6 +77,7 @@ def verify(
     versions = {"manifest": manifest.weight_version, "engine": engine.weight_version, "probes": probes.weight_version}
     if len(set(versions.values())) > 1:
         raise ProofError(f"not the same weights: weight_version is {versions}. Start the engine with the manifest's, or export again")
+    inspection = inspection or inspect_artifact(artifact_dir, manifest, probes)
     policy = probes.of_kind("policy")
     spec, rows = gates or manifest.profile.gates, read_task_sample(artifact_dir / TASK_SAMPLE_FILE)
 
@@ -81,6 +88,8 @@ def verify(
     def task_is_clear(task: TaskResult) -> bool:
         return accuracy_is_settled(judge_task(spec, manifest, task, LOOK_CONFIDENCE))
 
+    tell("asking the engine", 0, 1)
+    checks = check_engine(engine, policy, min(manifest.sampling.max_tokens, _MOST_CHECKED), manifest.sampling.stop_token_ids)
     gap = measure_gap(engine, policy, tell, full=full, is_clear=gap_is_clear)
     others: dict[str, Gap] = {}
     task, speed, stopped = TaskResult(), Speed(), []
@@ -95,7 +104,7 @@ def verify(
         task, speed = measure_task(artifact_dir, engine, manifest, policy, rows, reward, tell, full=full, is_clear=task_is_clear)
         if 0 < speed.num_judged < len(rows):
             stopped.append("the accuracy is clear")
-    judged = judge(manifest, gap, task, others=others, gates=spec)
+    judged = (*judge(manifest, gap, task, others=others, gates=spec), *judge_inspection(inspection), *judge_checks(checks))
     num_replayed = sum(len(measured.scored) for measured in (gap, *others.values()))
     coverage = Coverage(num_replayed, len(probes.probes), speed.num_judged, len(rows), "; ".join(stopped))
     return Report(
@@ -117,6 +126,8 @@ def verify(
         coverage=coverage,
         gates_changed=_changed(manifest.profile.gates, spec),
         server=server,
+        inspection=inspection,
+        checks=checks,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
-from deploy_targets.errors import EXIT_FAILED, EXIT_INTERRUPTED, DeployTargetsError
+from deploy_targets.errors import EXIT_FAILED, EXIT_INTERRUPTED, DeployTargetsError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,17 +142,23 @@ def verify_deploy(
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="Mean abs(dp) to be allowed, for an artifact without a manifest; default: the profile's."),
     ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Compare activations, layer by layer, with those of the --learner; needs hetero-rl[train].")
+    ] = False,
+    learner: Annotated[Optional[Path], typer.Option(help="Folder of the high-fidelity model, for --bisect.")] = None,  # noqa: UP045
 ) -> None:
     """Hold an artifact against what the learner recorded, on this machine. Exit code 0: pass or warn, 3: fail, 4: undecided."""
     from hetero_rl.commands import Outputs, run_verify
     from hetero_rl.delivery import Trust
     from hetero_rl.foreign import Foreign
 
+    if bisect != (learner is not None):
+        raise UsageError("--bisect and --learner FOLDER go together: activations are held against those of the model itself")
     trust = Trust(require_signature, public_key, sign_report)
     raise typer.Exit(
         run_verify(
             _console(), artifact, Outputs(json_file, html_file, junit, markdown), reward, gate or [],
-            full=full, keep=keep, server=server, model=model, trust=trust, foreign=Foreign(probes, target, tolerance),
+            full=full, keep=keep, server=server, model=model, trust=trust, foreign=Foreign(probes, target, tolerance), learner=learner,
         )
     )  # fmt: skip
 

@@ -9,15 +9,18 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
+from deploy_targets.blame import with_blame
+from deploy_targets.catalog import open_engine
 from deploy_targets.ci_report import write_junit, write_markdown
 from deploy_targets.comparison import compare, print_comparison, read_report, write_comparison
 from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
 from deploy_targets.gates import EXIT_CODES, Report
+from deploy_targets.inspection import explained, inspect_artifact
 from deploy_targets.preflight import check_target
 from deploy_targets.probes import ProbeSet, read_probes, write_probes
 from deploy_targets.profile import GateSpec, TargetProfile, load_profile, parse_bounds, with_bounds
@@ -238,8 +241,12 @@ def run_verify(
     model: str | None,
     trust: Trust,
     foreign: Foreign,
+    learner: Path | None,
 ) -> int:
-    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict."""
+    """`verify-deploy`, its gates changed by `settings`; returns the exit code of the verdict.
+
+    With a `learner`, a folder, activations are compared too (`--bisect`).
+    """
     outputs.check()
     trust.check(outputs.json)
     bounds = parse_bounds(settings)
@@ -253,7 +260,7 @@ def run_verify(
             folder, manifest = checked_artifact(artifact, keep, trust, stack)
             probes = read_probes(folder / PROBES_FILE)
         gates = with_bounds(manifest.profile.gates, bounds)
-        report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, full=full)
+        report = _measured(console, folder, manifest, probes, reward_name, server, model, gates, learner, full=full)
     print_table(report, console)
     outputs.write(report)
     if outputs.json is not None and trust.sign_report is not None:
@@ -270,12 +277,14 @@ def _measured(
     server: str | None,
     model: str | None,
     gates: GateSpec,
+    learner: Path | None,
     *,
     full: bool,
 ) -> Report:
     if server is None:
         _require_runnable(manifest.profile)
     _prepare_process()
+    from hetero_rl.model import resolve_model
     from hetero_rl.tasks.rewards import artifact_reward
 
     reward = None if manifest.task is None else artifact_reward(manifest.task.reward, reward_name)
@@ -285,18 +294,27 @@ def _measured(
             f"the task accuracy is not measured: the reward of the training was {manifest.task.reward!r}, "
             "and code that an artifact names is never run by itself. Give it with --reward module:function",
         )
-    with console.status("replaying probes") as status, ExitStack() as stack:
-        engine, asked = opened_engine(folder, manifest, server, model)
-        stack.callback(engine.close)
-        if asked is not None:
-            where = "" if asked.is_local else "; the hardware in the report is that of this machine, not the server's"
-            console.print(
-                f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
-            )
-        return verify(
-            folder, engine, manifest, probes, reward=reward, server=asked, gates=gates, full=full,
-            progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
-        )  # fmt: skip
+    with console.status("reading the artifact") as status:
+        inspection = inspect_artifact(folder, manifest, probes)
+        with explained(inspection), ExitStack() as stack:
+            engine, asked = opened_engine(folder, manifest, server, model)
+            stack.callback(engine.close)
+            if asked is not None:
+                where = "" if asked.is_local else "; the hardware in the report is that of this machine, not the server's"
+                console.print(
+                    f"server   {asked.url}, {asked.software} {asked.version}, model {asked.model}{where}", highlight=False, soft_wrap=True
+                )
+            report = verify(
+                folder, engine, manifest, probes, reward=reward, server=asked, gates=gates, full=full, inspection=inspection,
+                progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+            )  # fmt: skip
+        status.update("looking for the cause")
+        if learner is not None:
+            from hetero_rl.bisect import compare_activations
+
+            report = replace(report, activations=compare_activations(folder, manifest, probes, resolve_model(str(learner))))
+        again = None if asked is not None else lambda profile: open_engine(profile, folder, manifest.weight_version)
+        return with_blame(report, probes, again)
 
 
 def run_evaluation(

@@ -20,14 +20,17 @@ from deploy_targets.artifact import (
     write_atomically,
     write_manifest,
 )
+from deploy_targets.fingerprint import write_fingerprint
 from deploy_targets.memory import max_tokens
 from deploy_targets.probes import ProbeSet, write_probes
 from deploy_targets.profile import TargetProfile
+from deploy_targets.quantizers.model_files import read_config
 from deploy_targets.types import Generation, Sampling
 from deploy_targets.vocabulary import TOKENIZER_FILE, read_vocabulary
 from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.checkpoint import LoopState
 from hetero_rl.config import RunConfig
+from hetero_rl.model import resolve_model
 from hetero_rl.parts import Parts
 from hetero_rl.probing import enough_policy, make_probes
 from hetero_rl.rollout import response_rewards, sample, solved_share
@@ -40,7 +43,7 @@ PROBE_SEED, SEEDS_APART = 2_000_000_000, 1_000_003
 
 
 def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, state: LoopState, folder: Path) -> float:
-    """Write the artifact of the weights the engine serves now: the very bytes, probes, task sample, manifest.
+    """Write the artifact of the weights the engine serves now: the very bytes, probes, task sample, fingerprint, manifest.
 
     The folder appears under its name when it is complete; one that was there before is replaced.
     Returns the deployed accuracy on the task sample, which the manifest records.
@@ -61,6 +64,11 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
     rewards = response_rewards(task, problems, [response.tokens for response in responses])
     solved = solved_share(rewards)
     write_atomically(temporary / TASK_SAMPLE_FILE, task_sample(task, problems, rewards))
+    recorded = SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts.learner.named_tensors()}
+    learned = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in parts.learner.named_tensors())
+    learner_config = read_config(resolve_model(config.model.path))
+    write_fingerprint(temporary, profile, recorded, sampling.temperature, learner_config, shapes, learned)
     write_manifest(
         temporary,
         profile=profile,
@@ -68,7 +76,7 @@ def export_artifact(config: RunConfig, profile: TargetProfile, parts: Parts, sta
         source_model=source_model,
         floor=state.served_floor,
         tolerance=state.served_tolerance,
-        sampling=SamplingRecord(max_tokens=sampling.max_tokens, stop_token_ids=sampling.stop_token_ids),
+        sampling=recorded,
         final_gap=gap,
         # No reward judged the held-out problems: there is no accuracy to record.
         task=TaskRecord(accuracy=solved, num_problems=len(problems), reward=reward_text(config.task.reward_terms))

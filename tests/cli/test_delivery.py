@@ -111,6 +111,7 @@ def test_options_of_verify_that_do_not_fit(artifact: Path, bundle: Path, tmp_pat
     fails(hetero_rl("verify-deploy", bundle, "--model", "tiny", cwd=tmp_path), 2, "--server URL")
     fails(hetero_rl("verify-deploy", bundle, "--require-signature", cwd=tmp_path), 2, "--public-key")
     fails(hetero_rl("verify-deploy", bundle, "--public-key", "pub.pem", cwd=tmp_path), 2, "--require-signature")
+    fails(hetero_rl("verify-deploy", bundle, "--bisect", cwd=tmp_path), 2, "--learner")
     fails(hetero_rl("verify-deploy", bundle, "--sign-report", "key.pem", cwd=tmp_path), 2, "--json FILE")
     assert not list(tmp_path.iterdir())
 

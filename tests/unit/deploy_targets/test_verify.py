@@ -28,9 +28,10 @@ from tests.artifacts import VERSION, make_artifact
 from tests.conftest import TinyModels
 
 KEYS = [
-    "format", "target", "model", "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity", "other_kinds",
-    "learner", "task_accuracy", "task_accuracy_at_export", "task_paired", "gates", "gates_changed", "measured", "artifact_sha256",
-    "hashes_checked", "engine", "hardware", "floor", "tolerance", "cost", "generate_tokens_per_s", "seconds", "created",
+    "format", "target", "model", "verdict", "gap", "kl_k3", "kl_k1", "greedy_agreement", "measures", "slices", "perplexity",
+    "other_kinds", "learner", "task_accuracy", "task_accuracy_at_export", "task_paired", "gates", "blame", "blame_looked_at", "layers",
+    "settings", "activations", "engine_checks", "gates_changed", "measured", "artifact_sha256", "hashes_checked", "engine", "hardware",
+    "floor", "tolerance", "cost", "generate_tokens_per_s", "seconds", "created",
 ]  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def test_rewards_are_paired_with_those_of_the_export(tiny_models: TinyModels, tm
     assert same.to_json()["task_paired"]["lost"] == 0
     lost = run(tmp_path / "a", reward=solving(0))
     assert lost.verdict == "fail"
-    assert "McNemar p = 0.00391" in lost.gates[-1].detail
+    assert "McNemar p = 0.00391" in {gate.name: gate.detail for gate in lost.gates}["accuracy_drop"]
 
 
 def test_probes_that_fail_clearly_stop_the_measurement(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -291,10 +292,10 @@ def test_what_is_measured_first_does_not_depend_on_what_the_probes_hold(tiny_mod
         probes = read_probes(folder / PROBES_FILE)
         engine = FakeEngine(folder, {}, VERSION)
         score, seen = engine.score, list[Any]()
-        engine.score = lambda sequences, temperature, score=score, seen=seen: (seen.extend(sequences), score(sequences, temperature))[1]  # type: ignore[method-assign]
+        engine.score = lambda sequences, temperature, score=score, seen=seen: (seen.append(sequences), score(sequences, temperature))[1]  # type: ignore[method-assign]
         verify(folder, engine, check_artifact(folder), probes)
         places = {probe.sequence: index for index, probe in enumerate(probes.probes)}
-        asked.append([places[sequence] for sequence in seen])
+        asked.append([places[sequence] for sequence in seen[-1]])
     assert asked[0] == asked[1]
     assert len(asked[0]) == 32
 
