@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a deployment is caught by `verify-deploy`, and named: faults injected on purpose (tests/deploy_faults.py).
+"""What can be wrong with a deployment is caught by `verify-deploy`, and named: faults injected on purpose (tests/deploy_faults.py).
 
 Through the command line in this process, so that the fault of an engine can be put around the real one.
 `scripts/test_faults_caught.sh` runs them on every engine.
