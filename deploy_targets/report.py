@@ -280,9 +280,28 @@ def _charts(report: Report) -> list[tuple[str, str]]:
             ),
             "A gap that grows along the response may come from the KV cache; one at the start, from the prompt's prefill.",
         ),
+        *_layers_chart(report),
         *_kinds_chart(report),
         *_rewards_chart(report),
     ]
+
+
+def _layers_chart(report: Report) -> list[tuple[str, str]]:
+    """How far each tensor lies from the learner's, where the artifact knows; nothing where no tensor is rounded."""
+    from deploy_targets.charts import line_chart
+
+    layers = [layer for layer in report.inspection.layers if layer.error is not None and layer.error_at_export is not None]
+    if not any(layer.error or layer.error_at_export for layer in layers):
+        return []
+    numbers = np.arange(len(layers))
+    series = {name: (numbers, [getattr(layer, name) for layer in layers]) for name in ("error", "error_at_export")}
+    chart = line_chart(
+        {"here": series["error"], "at export": series["error_at_export"]},
+        title="Weights, tensor by tensor",
+        x_label="tensor, in the order of the model",
+        y_label="distance / norm of the learner's",
+    )
+    return [(chart, "What rounding does to each tensor, estimated here and measured at export: a tensor that was changed stands out.")]
 
 
 def _kinds_chart(report: Report) -> list[tuple[str, str]]:

@@ -57,7 +57,8 @@ def make_probes(
     wanted |= {kind: round(spec.num_tokens * getattr(spec, kind)) for kind in ("greedy", "long", "rare", "certain")}
     greedy = list(dict.fromkeys(greedy))
     taken = len(_first(greedy, wanted["greedy"]))
-    length = min(max_len, spec.long_len or max_len)
+    # A server that is asked about a prompt has to have room for a token of its own.
+    length = min(max_len - 1, spec.long_len or max_len)
     sequences: dict[Kind, list[TokenSequence]] = {
         "policy": list(policy),
         "greedy": greedy[:taken],

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HETERO_RL_TESTS_FAULTS=${HETERO_RL_TESTS_FAULTS:-50}
-exec bash scripts/test.sh tests/faults "$@"
+exec bash scripts/test.sh tests/recovery "$@"

@@ -29,7 +29,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 def test_a_family_trains_and_exports(family: str, target: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     pytest.importorskip("vllm.version" if "vllm" in target else "transformers")
     model = tiny_models(family)
-    settings = with_settings(*SHORT_RUN, f"model.path={model}")
+    settings = with_settings(*SHORT_RUN, f"model.path={model}", "learner.compute_dtype=auto")
     result = hetero_rl("train", "--target", target, "--config", CONFIG, *settings, "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = read_metrics(tmp_path / "run")
@@ -45,7 +45,8 @@ def test_a_family_trains_and_exports(family: str, target: str, tiny_models: Tiny
 @pytest.mark.slow
 def test_a_mixture_of_experts_trains_with_replayed_routes(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Rollouts of two versions of the weights, so that old log-probs are replayed as well; what ships says nothing of routes."""
-    settings = with_settings(*SHORT_RUN, f"model.path={tiny_models('qwen3_moe')}", "algorithm.routing_replay=true", "loop.publish_every=2")
+    replayed = ("algorithm.routing_replay=true", "loop.publish_every=2", "learner.compute_dtype=auto")
+    settings = with_settings(*SHORT_RUN, f"model.path={tiny_models('qwen3_moe')}", *replayed)
     result = hetero_rl("train", "--target", "bf16-transformers", "--config", CONFIG, *settings, "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "routing replay" in result.stdout

@@ -175,7 +175,7 @@ def test_a_suite_resumes(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     choice = ["--tasks", "addition", "--targets", "int4-onnx", "--regimes", "on_policy", "--arms", "ptq", "--seeds", "0"]
     settings = ["loop.num_steps=2", "loop.prompts_per_step=4", "evaluation.num_problems=20", "evaluation.num_final_problems=20"]
-    settings += ["checkpoint.every_steps=2", "learner.warmup_steps=1"]
+    settings += ["checkpoint.every_steps=2", "learner.warmup_steps=1", "learner.compute_dtype=float32"]
     command = [sys.executable, "-m", "benchmarks.evidence", "run", *choice, "--out", str(out)]
     command += ["--work", str(tmp_path / "work"), *(part for setting in settings for part in ("--set", setting))]
     for _ in range(2):

@@ -328,7 +328,7 @@ def test_a_cache_of_few_bits(make_learner: MakeLearner) -> None:
     assert learner.has_twin
     found = []
     for packed in (True, False):
-        learner.packed = packed
+        learner.packed = plain.packed = packed
         found.append(np.concatenate([score.logps for score in learner.score(batch, as_twin=True)]))
     assert np.abs(found[0] - found[1]).max() < 1e-4
     without = np.concatenate([score.logps for score in plain.score(batch, as_twin=True)])

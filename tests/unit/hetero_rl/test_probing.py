@@ -99,7 +99,7 @@ def test_enough_policy_samples() -> None:
 def test_all_kinds_in_their_shares() -> None:
     spec = ProbeSpec(num_tokens=1000, greedy=0.1, long=0.15, rare=0.2, certain=0.05)
     greedy = [TokenSequence((1, 3 + i, 4, 6, 8, 9), 2) for i in range(60)]
-    probes = make_probes(spec, Certain(), POOL * 20, greedy * 2, max_len=128, ordinary_ids=range(3, 40), seed=0)
+    probes = make_probes(spec, Certain(), POOL * 20, greedy * 2, max_len=129, ordinary_ids=range(3, 40), seed=0)
     counts = {kind: sum(len(p.learner_logps) for p in probes if p.kind == kind) for kind in KINDS}
     assert counts == {"policy": 20 * 16, "greedy": 100, "long": 192, "rare": 200, "certain": 51}
     assert [p.kind for p in probes] == sorted((p.kind for p in probes), key=KINDS.index)
@@ -113,7 +113,7 @@ def test_all_kinds_in_their_shares() -> None:
 
 def test_long_len_is_bounded_by_the_target() -> None:
     spec = ProbeSpec(long_len=64)
-    for max_len, length in ((32, 32), (128, 64)):
+    for max_len, length in ((32, 31), (128, 64)):
         probes = make_probes(spec, Certain(), POOL, [], max_len=max_len, ordinary_ids=range(3, 40), seed=0)
         assert {len(p.sequence.tokens) for p in probes if p.kind == "long"} == {length}
         assert max(len(p.sequence.tokens) for p in probes) <= max_len

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import environment_of
-from tests.faults.conftest import NUM_FAULTS, Undisturbed, is_undisturbed, train
+from tests.recovery.conftest import NUM_FAULTS, Undisturbed, is_undisturbed, train
 
 SCRIPT = """
 set -e

@@ -16,7 +16,7 @@ import pytest
 from hetero_rl.errors import RunFolderError
 from hetero_rl.run_folder import check_free, open_run
 from tests.command_line import environment_of
-from tests.faults.conftest import NUM_FAULTS, Undisturbed, is_undisturbed, no_half_artifact, train
+from tests.recovery.conftest import NUM_FAULTS, Undisturbed, is_undisturbed, no_half_artifact, train
 
 pytestmark = pytest.mark.timeout(120 + 60 * NUM_FAULTS)
 Survived = Callable[[str, int], None]
