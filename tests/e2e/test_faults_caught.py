@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a deployment is caught by `verify-deploy`, and named: faults injected on purpose (tests/faults.py).
+"""What can be wrong with a deployment is caught by `verify-deploy`, and named: faults injected on purpose (tests/deploy_faults.py).
 
 Through the command line in this process, so that the fault of an engine can be put around the real one.
 `scripts/test_faults_caught.sh` runs them on every engine.
@@ -10,9 +10,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from deploy_targets import catalog
@@ -21,7 +23,7 @@ from hetero_rl.cli import main
 from hetero_rl.config import load_config
 from hetero_rl.model import resolve_model
 from hetero_rl.probe import record_model
-from tests import faults
+from tests import deploy_faults as faults
 from tests.conftest import TinyModels
 from tests.skips import skip_unless_it_runs_here
 
@@ -107,6 +109,8 @@ def named(verdict: Verdict, cause: str) -> None:
     if verdict.report is not None:
         assert verdict.exit_code == 3
         assert "most likely cause" in verdict.text
+        schema = json.loads((resources.files("deploy_targets") / "schemas" / "verify-report-1.json").read_text("utf-8"))
+        jsonschema.validate(verdict.report, schema, cls=jsonschema.Draft202012Validator)
 
 
 @pytest.mark.parametrize("target", DEMO_TARGETS)

@@ -16,7 +16,7 @@ from deploy_targets.probes import Probe, ProbeSet
 from deploy_targets.profile import load_profile
 from deploy_targets.types import TokenSequence
 from hetero_rl.model import resolve_model
-from tests import faults
+from tests import deploy_faults as faults
 
 DEMO = resolve_model("demo")
 PROBES = ProbeSet((Probe(TokenSequence(tuple(range(5, 25)), 10), np.zeros(10, np.float32), np.zeros(10, np.int32)),), 1.0, 4)
