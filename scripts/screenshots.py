@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import reseal, swap_scales  # noqa: E402 - found once the root is on the path
+from tests.deploy_faults import reseal, swap_scales  # noqa: E402 - found once the root is on the path
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT = 1000, 1180
