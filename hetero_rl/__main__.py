@@ -2,4 +2,5 @@
 
 from hetero_rl.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

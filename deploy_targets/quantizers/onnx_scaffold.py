@@ -24,7 +24,8 @@ GRAPH_FILE = "model.onnx"
 _CACHES = ("cos_cache", "sin_cache")
 """Initializers that depend on the config alone; they stay inside the graph file."""
 _LAST_LINES = 12
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_READ_BY_BUILDER = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of the files of a model that say what it is and how it spells; the others hold weights, or nothing for a graph."""
 _RANDOM_WEIGHTS = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -86,8 +87,8 @@ def scaffold(model_dir: Path, out_dir: Path, spec: GraphSpec) -> None:
 
 
 def _key(model_dir: Path, out_dir: Path, spec: GraphSpec) -> list[object]:
-    """All that the graph depends on: the model's files but for its weights, the layout of ours, the options, and who builds it."""
-    small = sorted(path for path in model_dir.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    """All that the graph depends on: the model's small files, the layout of our weights, the options, and who builds it."""
+    small = sorted(path for path in model_dir.iterdir() if path.is_file() and path.suffix in _READ_BY_BUILDER)
     files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in small]
     versions = [version(package) for package in ("onnx", "onnx-ir", "onnxruntime-genai", "transformers")]
     return [files, sorted(tensor_layout(out_dir / WEIGHTS_FILE).items()), asdict(spec), versions, Path(__file__).read_text("utf-8")]
