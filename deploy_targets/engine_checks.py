@@ -92,7 +92,7 @@ def _temperature(engine: Engine, sequences: Sequence[TokenSequence], scores: Seq
     temperature = scores[0].temperature
     try:
         hotter = engine.score(sequences, 2 * temperature)
-    except UsageError as error:
+    except (UsageError, EngineError) as error:  # a server may not give what another temperature than its own needs
         return _check("temperature", None, f"not asked: {error}")
     tokens = np.concatenate([np.array(sequence.tokens[sequence.prompt_len :]) for sequence in sequences])
     greedy = np.concatenate([score.greedy_tokens for score in scores])

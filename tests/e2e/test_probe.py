@@ -41,7 +41,7 @@ def test_probes_of_every_kind(probes: Path) -> None:
     counts = {kind: found.num_scored(kind) for kind in KINDS}
     assert all(counts[kind] == pytest.approx(spec.num_tokens * getattr(spec, kind), rel=0.15) for kind in KINDS if kind != "certain")
     assert 0 < counts["certain"] <= 1.1 * spec.num_tokens * spec.certain
-    assert max(len(p.sequence.tokens) for p in found.of_kind("long").probes) == 512
+    assert max(len(p.sequence.tokens) for p in found.of_kind("long").probes) == 511
     assert {p.sequence.tokens[: p.sequence.prompt_len] for p in found.of_kind("policy").probes} >= {(5, 6, 7, 8)}
     assert (found.learner_dtype, found.source_model, found.weight_version) == ("bfloat16", DEMO.name, 0)
     policy = found.of_kind("policy").probes
