@@ -36,6 +36,9 @@ QUANTIZERS = {
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",
 }
 
+CALL_TIMEOUT_S = 3600.0
+"""Longest call of an engine in its own process, where nothing else is said."""
+
 
 def _find(kind: Literal["engine", "quantizer"], name: str) -> str | PlugIn:
     """`module:Class` of what is shipped, or the plug-in. Raises `UnknownNameError` or `PlugInError`."""
@@ -83,13 +86,17 @@ def resolve(kind: Literal["engine", "quantizer"], name: str, extra: str) -> Any:
         raise MissingPackageError(error.name, f"the {kind} {name!r}", extra or name) from error
 
 
-def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
-    """Start the profile's engine on a folder in its native format, in this process or in one of its own."""
+def open_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int, call_timeout_s: float = CALL_TIMEOUT_S) -> Engine:
+    """Start the profile's engine on a folder in its native format, in this process or in one of its own.
+
+    `call_timeout_s` bounds every call of an engine in its own process: it is stopped, with an `EngineError`, when it hangs.
+    """
+    start = partial(_start_engine, profile, call_timeout_s)
     if is_rebuilt(profile, artifact_dir):
         from deploy_targets.engines.rebuild import RebuildingEngine
 
-        return RebuildingEngine(partial(_start_engine, profile), artifact_dir, weight_version)
-    return _start_engine(profile, artifact_dir, weight_version)
+        return RebuildingEngine(start, artifact_dir, weight_version)
+    return start(artifact_dir, weight_version)
 
 
 def is_rebuilt(profile: TargetProfile, model_dir: Path) -> bool:
@@ -106,11 +113,11 @@ def is_rebuilt(profile: TargetProfile, model_dir: Path) -> bool:
     return profile.scheme.name == "W8A8" or has_experts(json.loads((model_dir / "config.json").read_text("utf-8")))
 
 
-def _start_engine(profile: TargetProfile, artifact_dir: Path, weight_version: int) -> Engine:
+def _start_engine(profile: TargetProfile, call_timeout_s: float, artifact_dir: Path, weight_version: int) -> Engine:
     if profile.engine.process == "own":
         from deploy_targets.engines.process import ProcessEngine
 
-        return ProcessEngine(profile, artifact_dir, weight_version)
+        return ProcessEngine(profile, artifact_dir, weight_version, call_timeout_s=call_timeout_s)
     return open_engine_here(profile, artifact_dir, weight_version)
 
 

@@ -325,6 +325,44 @@ class EvaluationConfig(_Table):
     """Held-out problems of the first and the last evaluation, and of the task sample in the artifact."""
 
 
+class EngineEntry(_Table):
+    """`[[engines]]`: an engine of the pool that makes the rollouts. Without any there is one, on this machine."""
+
+    url: str | None = None
+    """Address of a `hetero-rl target-agent`; unset: on this machine, in a process of its own."""
+    token_file: Path | None = None
+    """File that holds the agent's token."""
+    ca_file: Path | None = None
+    """Certificate (PEM) that the agent's is signed by, where that is not one this machine trusts."""
+    count: int = Field(1, ge=1)
+    """So many of them, without `url`."""
+
+    @model_validator(mode="after")
+    def an_address_is_one_agent(self) -> EngineEntry:
+        """A count of one address, or a token for this very process, would be ignored."""
+        if self.url is not None and self.count > 1:
+            raise ValueError("one url is one agent: leave out count, and give each agent its own [[engines]]")
+        given = [name for name in ("token_file", "ca_file") if getattr(self, name) is not None]
+        if self.url is None and given:
+            raise ValueError(f"{' and '.join(given)} belong to an agent: give its url")
+        if self.url is not None and self.token_file is None:
+            raise ValueError("an agent wants its token: give token_file")
+        return self
+
+
+class PoolConfig(_Table):
+    """`[pool]`: how the `[[engines]]` work together."""
+
+    min_engines: int = Field(1, ge=1)
+    """With fewer that serve, the run saves a checkpoint and stops."""
+    deadline_s: float = Field(3600.0, gt=0)
+    """An engine that takes longer for an answer counts as hung: it is taken out."""
+    restart_after_s: float = Field(5.0, ge=0)
+    """Pause before an engine that was taken out is started anew, doubled with each failure in a row."""
+    requests_per_engine: int = Field(4, ge=1)
+    """Requests that a batch of rollouts is cut into, for each engine: more even out their speeds, fewer make larger batches."""
+
+
 class RunConfig(_Table):
     """A whole run."""
 
@@ -341,6 +379,9 @@ class RunConfig(_Table):
     loop: LoopConfig = LoopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    engines: tuple[EngineEntry, ...] = ()
+    """Tables `[[engines]]`, see below: none is one engine on this machine."""
+    pool: PoolConfig = PoolConfig()
 
     @model_validator(mode="after")
     def centering_needs_two_weights(self) -> RunConfig:
@@ -366,6 +407,18 @@ class RunConfig(_Table):
                 "use constraint.signal = 'grey_box'"
             )
         return self
+
+    @model_validator(mode="after")
+    def enough_engines_are_named(self) -> RunConfig:
+        """A pool that can never be large enough stops at once."""
+        if self.engines and self.num_engines < self.pool.min_engines:
+            raise ValueError(f"pool.min_engines = {self.pool.min_engines} is more than the {self.num_engines} [[engines]]")
+        return self
+
+    @property
+    def num_engines(self) -> int:
+        """Engines that make the rollouts."""
+        return sum(entry.count for entry in self.engines) or 1
 
     @model_validator(mode="after")
     def updates_divide_the_prompts(self) -> RunConfig:

@@ -32,6 +32,7 @@ from hetero_rl.interrupt import saved_on_failure, stop_signals
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble
+from hetero_rl.pool import pool_row
 from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
 from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, sample, seeded, train_sequences
 from hetero_rl.run_folder import RunFolder
@@ -127,7 +128,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 evaluated = evaluate(parts, num_problems)
                 row, state = row | evaluated, replace(state, deployed_accuracy=evaluated["eval/deployed_accuracy"])
                 clock.lap("perf/eval_s")
-            row |= phases | clock.row(rollouts.num_tokens / phases["perf/rollout_s"])
+            row |= phases | clock.row(rollouts.num_tokens / phases["perf/rollout_s"]) | pool_row(publisher.engine)
             metrics.write(row)
             view.step(row)
             state = replace(state, metrics_offset=metrics.offset)

@@ -18,6 +18,7 @@ from hetero_rl.inputs import Inputs as Inputs
 from hetero_rl.inputs import check_inputs
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.model import stop_tokens
+from hetero_rl.pool import engine_starter
 from hetero_rl.publish import Publisher
 from hetero_rl.tasks.base import Task
 from hetero_rl.view import View
@@ -81,12 +82,14 @@ def assemble(
         view.phase(f"restoring {checkpoint.name}")
         learner.load(checkpoint)
     anew = ", and anew for every update: it cannot swap weights while it runs" if is_rebuilt(profile, model_dir) else ""
-    view.phase(f"starting the engine of {profile.name}{anew}")
+    engines = f"the {config.num_engines} engines" if config.engines else "the engine"
+    view.phase(f"starting {engines} of {profile.name}{anew}")
     if not same_target:
         state = None
     version, calibration = (0, ()) if state is None else (state.weight_version, state.calibration)
     served = returning_routes(profile) if config.algorithm.routing_replay else profile
-    publisher = Publisher(learner, quantizer, served, model_dir, serving, version, calibration)
+    starter = engine_starter(config, served, view.warn)
+    publisher = Publisher(learner, quantizer, served, model_dir, serving, version, calibration, starter)
     stack.callback(publisher.close)
     if state is not None:
         publisher.num_rebuilds = state.num_rebuilds

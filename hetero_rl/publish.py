@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy_targets.catalog import open_engine
+from deploy_targets.engines.pool import PoolEngine
 from deploy_targets.errors import EngineError, ProofError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import CalibratedQuantizer, Engine, Quantizer
@@ -83,11 +85,14 @@ class Publisher:
         folder: Path,
         weight_version: int = 0,
         calibration: Sequence[TokenSequence] = (),
+        start_engine: Callable[[Path, int], Engine] | None = None,
     ) -> None:
         """Quantize the learner's weights as `weight_version` into `folder` and start the engine on them.
 
-        `calibration`: what a calibrated quantizer rounds by, in a run that goes on; a new run has nothing yet.
+        `calibration`: what a calibrated quantizer rounds by, in a run that goes on; a new run has nothing yet. `start_engine` gives
+        the engine of (folder, weight_version), unset: that of the profile.
         """
+        self._start_engine = start_engine or partial(open_engine, profile)
         self._learner, self._quantizer, self._profile, self.folder = learner, quantizer, profile, folder
         self._calibrated = quantizer if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_calibration else None
         self.calibration = tuple(calibration)
@@ -97,14 +102,15 @@ class Publisher:
         self.rebuilt_because = ""
         self._probes: list[TokenSequence] = []
         self._reference_gap = 0.0
-        self._last: ProbeProbabilities | None = None
-        self._told_apart: ProbeProbabilities | None = None
+        self._proof_gap = float("nan")
+        self._twin: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._told_apart: NDArray[np.float32] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.next"), *folder.glob("*.proven"), *folder.glob("*.partial")):
             leftover.unlink()  # of a run that was killed in the middle of a publish
         self._write(self._weights)
         quantizer.scaffold(model_dir, folder)
-        self.engine: Engine = open_engine(profile, folder, weight_version)
+        self.engine = self._start_engine(folder, weight_version)
 
     @property
     def probes(self) -> list[TokenSequence]:
@@ -130,10 +136,15 @@ class Publisher:
         compute what the scheme says: it answers unlike the fake-quantized learner, or rather like the one that is not quantized.
         """
         self._probes = probes
-        measured = self._last = self._told_apart = self._measure()
-        self._reference_gap = measured.gap if reference_gap is None else reference_gap
         plain = probabilities(self._learner.score(probes, as_twin=False))
-        failure = proof_failure(measured, None, self._reference_gap) or unrounded_failure(measured, plain)
+
+        def judged(measured: ProbeProbabilities) -> str | None:
+            reference = measured.gap if reference_gap is None else reference_gap
+            return proof_failure(measured, None, reference) or unrounded_failure(measured, plain)
+
+        failure = self._prove(judged)
+        self._told_apart = self._twin
+        self._reference_gap = self._proof_gap if reference_gap is None else reference_gap
         if failure is not None:
             raise ProofError(
                 f"the freshly started engine {self._profile.engine.name!r} does not compute with the published weights: {failure}. "
@@ -159,8 +170,7 @@ class Publisher:
         else:
             self._rebuild(weight_version, failure)
         proven = time.perf_counter()
-        assert self._last is not None
-        return PublishStats(quantized - start, swapped - quantized, proven - swapped, self._last.gap)
+        return PublishStats(quantized - start, swapped - quantized, proven - swapped, self._proof_gap)
 
     def _swap(self, weight_version: int, rollouts: Sequence[TokenSequence]) -> tuple[str | None, float]:
         """Quantize, and bring the weights into the engine. Returns why that failed, if it did, and when the file was written."""
@@ -187,19 +197,30 @@ class Publisher:
             path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * self._learner.num_tensors + 64
         )
 
-    def _measure(self) -> ProbeProbabilities:
-        twin = self._learner.score(self._probes, as_twin=True)
-        engine = self.engine.score(self._probes, self._learner.temperature)
-        return ProbeProbabilities(probabilities(twin), probabilities(engine))
-
     def _proof_failure(self) -> str | None:
-        try:
-            measured = self._last = self._measure()
-        except EngineError as error:
-            return f"the probes could not be scored: {error}"
-        failure = proof_failure(measured, self._told_apart, self._reference_gap)
-        if self._told_apart is None or moved_apart(measured, self._told_apart, self._reference_gap):
-            self._told_apart = measured
+        before = self._told_apart
+        failure = self._prove(lambda measured: proof_failure(measured, before, self._reference_gap))
+        if before is None or moved_apart(self._twin, before, self._reference_gap):
+            self._told_apart = self._twin
+        return failure
+
+    def _prove(self, judge: Callable[[ProbeProbabilities], str | None]) -> str | None:
+        """Hold every engine's answers to the probes against the twin's; returns why none is to be trusted, if so."""
+        twin = self._twin = probabilities(self._learner.score(self._probes, as_twin=True))
+        gaps: list[float] = []
+
+        def check(engine: Engine) -> str | None:
+            try:
+                measured = ProbeProbabilities(twin, probabilities(engine.score(self._probes, self._learner.temperature)))
+            except EngineError as error:
+                return f"the probes could not be scored: {error}"
+            failure = judge(measured)
+            if failure is None:
+                gaps.append(measured.gap)
+            return failure
+
+        failure = self.engine.prove(check) if isinstance(self.engine, PoolEngine) else check(self.engine)
+        self._proof_gap = max(gaps, default=float("nan"))
         return failure
 
     def _rebuild(self, weight_version: int, failure: str) -> None:
@@ -210,7 +231,7 @@ class Publisher:
         os.replace(self._weights, self._proven)
         os.replace(self._pending, self._weights)
         try:
-            self.engine = open_engine(self._profile, self.folder, weight_version)
+            self.engine = self._start_engine(self.folder, weight_version)
             self._told_apart = None
             again = self._proof_failure()
             if again is not None:
@@ -239,12 +260,12 @@ def probabilities(scores: Sequence[TokenScores] | Sequence[LearnerScores]) -> ND
     return np.exp(logps)
 
 
-def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, reference_gap: float) -> str | None:
+def proof_failure(now: ProbeProbabilities, before: NDArray[np.float32] | None, reference_gap: float) -> str | None:
     """Why the engine's answers do not prove the update, or None when they do (law 5).
 
     Two rules, both on abs(dp) between the engine and the fake-quantized learner: the engine must agree with the new weights
     about as well as the fresh engine agreed with its own (`reference_gap`), and when the learner moved far enough to tell,
-    it must agree with them better than with those of `before`, the last measurement that could be told from the one before it.
+    it must agree with them better than with those of `before`, the last twin that could be told from the one before it.
     """
     for whose, values in (("the engine's", now.engine), ("the learner's", now.twin)):
         if not np.isfinite(values).all():
@@ -253,8 +274,8 @@ def proof_failure(now: ProbeProbabilities, before: ProbeProbabilities | None, re
     if now.gap > bound:
         return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
     if before is not None:
-        to_old = float(np.abs(before.twin - now.engine).mean())
-        if moved_apart(now, before, reference_gap) and to_old < now.gap:
+        to_old = float(np.abs(before - now.engine).mean())
+        if moved_apart(now.twin, before, reference_gap) and to_old < now.gap:
             return f"the engine answers as before the update (abs(dp) {to_old:.4f} to the old weights, {now.gap:.4f} to the new)"
     return None
 
@@ -272,9 +293,9 @@ def unrounded_failure(fresh: ProbeProbabilities, plain: NDArray[np.float32]) -> 
     )
 
 
-def moved_apart(now: ProbeProbabilities, before: ProbeProbabilities, reference_gap: float) -> bool:
-    """Whether the weights of two measurements differ by more than the kernels blur."""
-    return float(np.abs(now.twin - before.twin).mean()) > STALE_MARGIN * reference_gap
+def moved_apart(now: NDArray[np.float32], before: NDArray[np.float32], reference_gap: float) -> bool:
+    """Whether two twins differ by more than the kernels blur."""
+    return float(np.abs(now - before).mean()) > STALE_MARGIN * reference_gap
 
 
 def evenly(sequences: Sequence[TokenSequence], count: int) -> Sequence[TokenSequence]:

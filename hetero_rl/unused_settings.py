@@ -39,3 +39,5 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
     num_updates = config.loop.num_steps * learner.updates_per_rollout
     if "warmup_steps" in learner.model_fields_set and learner.warmup_steps > num_updates:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"
+    for name in config.pool.model_fields_set if not config.engines else ():
+        yield f"pool.{name} has no effect: there are no [[engines]]"

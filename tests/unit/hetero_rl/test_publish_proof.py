@@ -12,7 +12,8 @@ def probe(twin: list[float], engine: list[float]) -> ProbeProbabilities:
     return ProbeProbabilities(np.array(twin, np.float32), np.array(engine, np.float32))
 
 
-OLD = probe([0.5, 0.5, 0.5], [0.501, 0.499, 0.5])
+OLD = np.array([0.5, 0.5, 0.5], np.float32)
+"""What the twin answered before."""
 
 
 def test_an_engine_that_follows_is_proven() -> None:

@@ -15,7 +15,7 @@ from deploy_targets.errors import EngineError, ProofError, WeightsError
 from deploy_targets.profile import load_profile
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence, WeightFile
 from deploy_targets.weights_file import sha256_of, write_version
-from hetero_rl.publish import Publisher, evenly
+from hetero_rl.publish import Publisher, evenly, probabilities
 from hetero_rl.types import TrainSequence
 from tests.conftest import TinyModels
 from tests.learners import unconstrained
@@ -146,9 +146,9 @@ def test_nan_weights_never_reach_the_engine(publisher: Publisher) -> None:
 @pytest.mark.parametrize("publisher", [5e-5], indirect=True)
 def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     """No single step moves the probabilities enough to tell; what is held against the engine adds up over the steps."""
-    before = publisher._measure()
+    before = probabilities(publisher._learner.score(PROBES, as_twin=True))
     move(publisher)
-    one_step = float(np.abs(publisher._measure().twin - before.twin).mean())
+    one_step = float(np.abs(probabilities(publisher._learner.score(PROBES, as_twin=True)) - before).mean())
     monkeypatch.setattr(publisher, "_reference_gap", one_step)  # kernels that blur as much as a step moves
     monkeypatch.setattr(publisher.engine, "update", lambda weights: weights.weight_version)
     num_published = 0

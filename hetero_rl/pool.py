@@ -1,0 +1,61 @@
+"""From `[[engines]]` to the engine that a run is served by: one, or a pool of them here and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from deploy_targets.catalog import open_engine
+from deploy_targets.engines.pool import Place, PoolEngine, PoolRules
+from deploy_targets.errors import UsageError
+from deploy_targets.profile import TargetProfile
+from deploy_targets.protocols import Engine
+from hetero_rl.config import EngineEntry, RunConfig
+
+
+def engine_starter(config: RunConfig, profile: TargetProfile, say: Callable[[str], None]) -> Callable[[Path, int], Engine]:
+    """What starts the engine on (folder in its native format, weight_version); `say` is told who of a pool is out or back.
+
+    Raises `UsageError` for a token file that cannot be read.
+    """
+    if not config.engines:
+        return partial(open_engine, profile)
+    pool, places = config.pool, list(_places(config, profile))
+    rules = PoolRules(pool.min_engines, pool.requests_per_engine, pool.restart_after_s)
+    return lambda folder, weight_version: PoolEngine(places, folder, weight_version, rules=rules, say=say)
+
+
+def pool_row(engine: Engine) -> dict[str, float]:
+    """The metrics of a pool; none of an engine by itself."""
+    if not isinstance(engine, PoolEngine):
+        return {}
+    return {"engines/serving": engine.num_serving, "engines/resent": engine.num_resent, "engines/restarts": engine.num_restarts}
+
+
+def _places(config: RunConfig, profile: TargetProfile) -> Iterator[Place]:
+    # A process of its own can be killed and can hang without the others.
+    here = profile.model_copy(update={"engine": profile.engine.model_copy(update={"process": "own"})})
+    num_here = 0
+    for entry in config.engines:
+        if entry.url is not None:
+            yield Place(entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s))
+            continue
+        for _ in range(entry.count):
+            num_here += 1
+            yield Place(f"local {num_here}", partial(open_engine, here, call_timeout_s=config.pool.deadline_s))
+
+
+def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> Callable[[Path, int], Engine]:
+    assert entry.token_file is not None
+    try:
+        token = entry.token_file.read_text("utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"the token file {entry.token_file} of engine {url} cannot be read: {error.strerror}") from None
+
+    def start(folder: Path, weight_version: int) -> Engine:
+        from deploy_targets.engines.remote import RemoteEngine
+
+        return RemoteEngine(profile, folder, weight_version, url=url, token=token, ca_file=entry.ca_file, call_timeout_s=deadline_s)
+
+    return start
