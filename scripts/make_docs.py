@@ -20,7 +20,7 @@ import hetero_rl.config
 import hetero_rl.tasks.config
 from deploy_targets.profile import TargetProfile, load_profile
 from hetero_rl.algorithm import advantage, corrections, discrepancy, losses
-from hetero_rl.config import RunConfig
+from hetero_rl.config import EngineEntry, RunConfig
 from hetero_rl.metrics import glossary
 from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig
 
@@ -64,9 +64,13 @@ def config_reference() -> str:
     for name, field in RunConfig.model_fields.items():
         if name == "task":
             tables += [('task, type = "arithmetic"', ArithmeticConfig), ('task, type = "dataset"', DatasetConfig)]
+        elif name == "engines":
+            tables.append(("[engines]", EngineEntry))
         elif isinstance(field.annotation, type):
             tables.append((name, field.annotation))
-    values = [key for key, field in RunConfig.model_fields.items() if key != "task" and not isinstance(field.annotation, type)]
+    values = [
+        key for key, field in RunConfig.model_fields.items() if key not in ("task", "engines") and not isinstance(field.annotation, type)
+    ]
     lines += ["", "## Top level", "", *_table_of(RunConfig, docs, values)]
     for title, model in tables:
         lines += ["", f"## [{title}]", "", *_table_of(model, docs)]

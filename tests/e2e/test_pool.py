@@ -1,0 +1,72 @@
+"""A run on a pool of engines: what fails on the way costs no rollout, and the metrics are those of a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hetero_rl.metrics import METRICS, read_metrics
+from tests.command_line import SHORT_RUN, environment_of, hetero_rl, with_settings
+
+NUM_STEPS = 12
+TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, f"loop.num_steps={NUM_STEPS}", "learner.zero_stage=0"))
+POOL = "[[engines]]\ncount = 3\n[pool]\nrestart_after_s = 0.2\n"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The metrics of three engines that all live."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "pool.toml").write_text(POOL)
+    result = hetero_rl(*TRAIN, "--config", "pool.toml", "--run-dir", "run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    rows = exact(folder / "run")
+    assert len(rows) == NUM_STEPS + 1
+    return rows
+
+
+def exact(run: Path) -> list[dict[str, float]]:
+    """What follows from config and seed; who served it does not."""
+    return [{name: value for name, value in row.items() if METRICS[name].exact} for row in read_metrics(run)]
+
+
+def test_engines_that_are_killed_or_hang_cost_nothing(undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
+    (tmp_path / "pool.toml").write_text(POOL + "deadline_s = 8\n")
+    command = [sys.executable, "-m", "hetero_rl", *TRAIN, "--config", "pool.toml", "--run-dir", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    try:
+        at_step(tmp_path / "run", 3, process)
+        engines_of(process)[0].kill()
+        at_step(tmp_path / "run", 6, process)
+        engines_of(process)[1].suspend()
+        out, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out
+    assert exact(tmp_path / "run") == undisturbed
+    assert "died during" in out
+    assert "did not answer" in out
+    assert "is back" in out
+    assert read_metrics(tmp_path / "run")[-1]["engines/restarts"] >= 1
+
+
+def engines_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The engine processes of a run, oldest first."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return sorted((child for child in children if "deploy_targets.engines.process" in child.cmdline()), key=psutil.Process.create_time)
+
+
+def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the run has done so many steps."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) <= step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
