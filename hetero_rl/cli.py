@@ -204,6 +204,34 @@ def report(
     _console().print(f"report   {path}", highlight=False, soft_wrap=True)
 
 
+@app.command(
+    "target-agent",
+    epilog="Example:  hetero-rl target-agent --target int4-onnx --bind 192.168.1.7:8470 --token-file token --tls-cert c --tls-key k",
+)
+def target_agent(
+    token_file: Annotated[Path, typer.Option(help="File with the token that clients must have; readable by you alone.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="A name of `targets list`, or your own profile.toml.")],
+    bind: Annotated[str, typer.Option(help="HOST:PORT to listen at.")] = "127.0.0.1:8470",
+    tls_cert: Annotated[Optional[Path], typer.Option(help="Certificate (PEM) of this machine.")] = None,  # noqa: UP045
+    tls_key: Annotated[Optional[Path], typer.Option(help="Its private key (PEM).")] = None,  # noqa: UP045
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Without TLS beyond this machine, where the network is trusted.")
+    ] = False,
+    max_file_mib: Annotated[int, typer.Option(min=1, help="Longest file that is accepted, packed or unpacked.")] = 32768,
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where received files are kept while it runs; default: the temporary folder."),
+    ] = None,
+) -> None:
+    """Serve this machine's engine to trainings elsewhere: they send weights, it samples and scores."""
+    from deploy_targets.agent.command import parse_binding, read_token, serve
+    from deploy_targets.profile import load_profile
+
+    profile, token = load_profile(target), read_token(token_file)
+    binding = parse_binding(bind, tls_cert, tls_key, plain_http=plain_http)
+    serve(profile, binding, token, folder, max_file_mib << 20, lambda text: _console().print(text, highlight=False, soft_wrap=True))
+
+
 @targets_app.command("list")
 def targets_list() -> None:
     """All shipped targets."""

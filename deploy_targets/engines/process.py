@@ -1,13 +1,12 @@
 """Any engine in a process of its own, so that its threads, affinity and memory are not the learner's.
 
-Parent and child exchange one JSON object per line over a socket pair; arrays travel as base64 of their bytes, so
-log-probs arrive bit for bit. stdout and stderr of the child go to a log file whose end is shown when it fails.
+Parent and child exchange one JSON object per line over a socket pair (wire.py). stdout and stderr of the child go to a log
+file whose end is shown when it fails.
 """
 
 from __future__ import annotations
 
 import atexit
-import base64
 import contextlib
 import json
 import os
@@ -22,17 +21,22 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deploy_targets import errors
 from deploy_targets.catalog import open_engine_here
 from deploy_targets.engines.environment import child_environment
-from deploy_targets.errors import DeployTargetsError, EngineError, ListedError
+from deploy_targets.engines.wire import (
+    answer_generate,
+    answer_score,
+    generate_request,
+    pack_error,
+    score_request,
+    unpack_error,
+    unpack_generations,
+    unpack_scores,
+)
+from deploy_targets.errors import DeployTargetsError, EngineError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -115,13 +119,11 @@ class ProcessEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Have the child's engine sample."""
-        given = [tuple(map(int, prompt)) for prompt in prompts]
-        return _unpack_generations(self._call("generate", {"prompts": given, "sampling": asdict(sampling)}), given)
+        return unpack_generations(self._call("generate", generate_request(prompts, sampling)), prompts)
 
     def score(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[TokenScores]:
         """Have the child's engine score."""
-        given = [([int(token) for token in sequence.tokens], sequence.prompt_len) for sequence in sequences]
-        return _unpack_scores(self._call("score", {"sequences": given, "temperature": temperature}))
+        return unpack_scores(self._call("score", score_request(sequences, temperature)))
 
     def close(self) -> None:
         """End the child and everything it started: politely at first, by force after a few seconds."""
@@ -176,15 +178,10 @@ class ProcessEngine:
         return answer["result"]
 
     def _rebuild(self, error: Mapping[str, Any], call: str) -> DeployTargetsError:
-        error_class = getattr(errors, error["class"], None)
-        if not (isinstance(error_class, type) and issubclass(error_class, DeployTargetsError)):
+        rebuilt = unpack_error(error)
+        if rebuilt is None:
             return self._failure(f"raised {error['class']} in {call!r}: {error['message']}")
-        # Constructors build messages from their arguments; this message is already built.
-        rebuilt = error_class.__new__(error_class)
-        rebuilt.args = (error["message"],)
-        if isinstance(rebuilt, ListedError):
-            rebuilt.offenders = tuple(error["offenders"])
-        if error_class is EngineError:
+        if type(rebuilt) is EngineError:
             rebuilt.args = (error["message"] + self._log_tail(),)
         return rebuilt
 
@@ -207,71 +204,6 @@ def _describe_exit(code: int | None) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _encode(array: NDArray[Any]) -> str:
-    return base64.b64encode(array.tobytes()).decode("ascii")
-
-
-def _decode(text: str, dtype: str, lengths: Sequence[int]) -> list[NDArray[Any]]:
-    flat = np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
-    return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
-
-
-def _pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
-    return {
-        "lengths": [len(generation.tokens) for generation in generations],
-        "tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
-        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(generation.logps for generation in generations)]).astype("<f4")),
-        "about": [[g.weight_version, g.temperature, g.finish_reason] for g in generations],
-        "routes": _pack_routes([generation.routes for generation in generations]),
-    }
-
-
-def _pack_routes(routes: Sequence[NDArray[np.int16] | None]) -> dict[str, Any] | None:
-    """All of them as one array; None where a response has none."""
-    given = [array for array in routes if array is not None]
-    if not given or len(given) < len(routes):
-        return None
-    return {"per_token": given[0].shape[1:], "experts": _encode(np.concatenate(given).astype("<i2"))}
-
-
-def _unpack_routes(packed: Mapping[str, Any] | None, num_inputs: Sequence[int]) -> Sequence[NDArray[np.int16] | None]:
-    if packed is None:
-        return [None] * len(num_inputs)
-    num_layers, top_k = packed["per_token"]
-    flat = _decode(packed["experts"], "<i2", [num * num_layers * top_k for num in num_inputs])
-    return [experts.reshape(-1, num_layers, top_k) for experts in flat]
-
-
-def _unpack_generations(packed: Mapping[str, Any], prompts: Sequence[tuple[int, ...]]) -> list[Generation]:
-    tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
-    logps = _decode(packed["logps"], "<f4", packed["lengths"])
-    routes = _unpack_routes(packed["routes"], [len(prompt) + num - 1 for prompt, num in zip(prompts, packed["lengths"], strict=True)])
-    return [
-        Generation(prompt, token_ids, token_logps, weight_version, temperature, finish_reason, experts)
-        for prompt, token_ids, token_logps, (weight_version, temperature, finish_reason), experts in zip(
-            prompts, tokens, logps, packed["about"], routes, strict=True
-        )
-    ]
-
-
-def _pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
-    return {
-        "lengths": [len(score.logps) for score in scores],
-        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(score.logps for score in scores)]).astype("<f4")),
-        "greedy_tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(score.greedy_tokens for score in scores)]).astype("<i4")),
-        "about": [[score.weight_version, score.temperature] for score in scores],
-    }
-
-
-def _unpack_scores(packed: Mapping[str, Any]) -> list[TokenScores]:
-    logps = _decode(packed["logps"], "<f4", packed["lengths"])
-    greedy_tokens = _decode(packed["greedy_tokens"], "<i4", packed["lengths"])
-    return [
-        TokenScores(token_logps, greedy, weight_version, temperature)
-        for token_logps, greedy, (weight_version, temperature) in zip(logps, greedy_tokens, packed["about"], strict=True)
-    ]
-
-
 def _serve(connection: socket.socket) -> None:
     """The child's loop: the first call opens the engine, the end of the stream closes it."""
     engine: Engine | None = None
@@ -288,7 +220,7 @@ def _serve(connection: socket.socket) -> None:
                     answer = {"result": _answer(engine, request)}
             except Exception as error:
                 traceback.print_exc()
-                answer = {"error": {"class": type(error).__name__, "message": str(error), "offenders": getattr(error, "offenders", ())}}
+                answer = {"error": pack_error(error)}
             connection.sendall(json.dumps(answer).encode() + b"\n")
     if engine is not None:
         engine.close()
@@ -297,12 +229,7 @@ def _serve(connection: socket.socket) -> None:
 def _answer(engine: Engine, request: Mapping[str, Any]) -> Any:
     if request["call"] == "update":
         return engine.update(WeightFile(Path(request["path"]), request["weight_version"]))
-    if request["call"] == "generate":
-        sampling = request["sampling"]
-        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-        return _pack_generations(engine.generate(request["prompts"], Sampling(**sampling)))
-    sequences = [TokenSequence(tuple(tokens), prompt_len) for tokens, prompt_len in request["sequences"]]
-    return _pack_scores(engine.score(sequences, request["temperature"]))
+    return (answer_generate if request["call"] == "generate" else answer_score)(engine, request)
 
 
 def _die_with_parent(connection: socket.socket) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from hetero_rl.metrics import METRICS, read_metrics
+from tests.agents import agent_process, free_port, kill_group, until_it_listens
 from tests.command_line import SHORT_RUN, environment_of, hetero_rl, with_settings
 
 NUM_STEPS = 12
@@ -37,10 +41,7 @@ def exact(run: Path) -> list[dict[str, float]]:
 
 def test_engines_that_are_killed_or_hang_cost_nothing(undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
     (tmp_path / "pool.toml").write_text(POOL + "deadline_s = 8\n")
-    command = [sys.executable, "-m", "hetero_rl", *TRAIN, "--config", "pool.toml", "--run-dir", "run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    process = start(tmp_path)
     try:
         at_step(tmp_path / "run", 3, process)
         engines_of(process)[0].kill()
@@ -55,6 +56,77 @@ def test_engines_that_are_killed_or_hang_cost_nothing(undisturbed: list[dict[str
     assert "did not answer" in out
     assert "is back" in out
     assert read_metrics(tmp_path / "run")[-1]["engines/restarts"] >= 1
+
+
+def test_agents_elsewhere_may_die_or_be_cut_off(undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
+    """Two machines and this one: the first is switched off, the network to the second breaks; three places draw what three places draw."""
+    ports = free_port(), free_port()
+    with ExitStack() as stack:
+        agents = [agent_process("int4-onnx", tmp_path, port) for port in ports]
+        for agent, port in zip(agents, ports, strict=True):
+            stack.callback(kill_group, agent)
+            until_it_listens(port, agent)
+        wire = stack.enter_context(Wire(ports[1]))
+        entries = "".join(f'[[engines]]\nurl = "http://127.0.0.1:{port}"\ntoken_file = "token"\n' for port in (ports[0], wire.port))
+        (tmp_path / "pool.toml").write_text(f"{entries}[[engines]]\n[pool]\nrestart_after_s = 0.2\n")
+        process = start(tmp_path)
+        stack.callback(process.kill)
+        at_step(tmp_path / "run", 3, process)
+        kill_group(agents[0])
+        at_step(tmp_path / "run", 6, process)
+        wire.cut()
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert exact(tmp_path / "run") == undisturbed
+    last = read_metrics(tmp_path / "run")[-1]
+    assert (last["step"], last["engines/serving"]) == (NUM_STEPS, 1)
+    for port in (ports[0], wire.port):
+        assert f"engine http://127.0.0.1:{port} is out" in out
+
+
+class Wire:
+    """A way to a port of this machine that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to, self._ends = port, list[socket.socket]()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, far = self._server.accept()[0], socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Nothing passes any more, in the middle of what did."""
+        self._server.close()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cut()
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A run whose engines are those of pool.toml."""
+    command = [sys.executable, "-m", "hetero_rl", *TRAIN, "--config", "pool.toml", "--run-dir", "run"]
+    return subprocess.Popen(command, cwd=folder, env=environment_of({}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def engines_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
