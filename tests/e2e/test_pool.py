@@ -110,10 +110,9 @@ class Wire:
 
     def cut(self) -> None:
         """Nothing passes any more, in the middle of what did."""
-        self._server.close()
-        for end in self._ends:
+        for end in (self._server, *self._ends):
             with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RDWR)  # wakes who waits on it; a mere close would not
             end.close()
 
     def __enter__(self) -> Wire:
