@@ -60,6 +60,8 @@ class LoopState:
     """Engines that had to be rebuilt after a failed proof."""
     compute_dtype: str = "bfloat16"
     """The learner's arithmetic: the floor was measured in it, so a resumed run keeps it."""
+    num_ranks: int = 1
+    """Ranks that the learner's part is spread over, beyond ZeRO stage 0."""
     start_accuracy: float | None = None
     """Deployed accuracy before any update."""
     deployed_accuracy: float | None = None

@@ -268,7 +268,12 @@ def doctor() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def version_option(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", hidden=True, help="What the deepspeed launcher adds; it sets LOCAL_RANK too.")
+    ] = 0,
+) -> None:
     """Options of the program itself."""
     if version:
         import hetero_rl

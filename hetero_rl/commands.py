@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
 from deploy_targets.blame import with_blame
-from deploy_targets.catalog import open_engine
+from deploy_targets.catalog import make_quantizer, open_engine
 from deploy_targets.ci_report import write_junit, write_markdown
 from deploy_targets.comparison import compare, print_comparison, read_report, write_comparison
 from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
@@ -64,7 +64,9 @@ def run_training(
         run, config, profile = _resumed(target, files, settings, run_dir)
     else:
         config, profile = load_config(files, settings, target)
-    _prepare_process()
+    _prepare_process(may_be_launched=True)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return _follow(config, profile)
     if not resume:
         check_free(run_dir or default_run_dir(profile.name))
     inputs = check_inputs(config, profile)
@@ -396,6 +398,18 @@ def _resumed(
     return run, new, profile
 
 
+def _follow(config: RunConfig, profile: TargetProfile) -> int:
+    """The part of every rank but the first: its share of what rank 0 has its learner do. It writes and prints nothing."""
+    inputs = check_inputs(config, profile)
+    from hetero_rl.learner.ranks import follow
+    from hetero_rl.parts import make_learner
+
+    learner = make_learner(config, profile, inputs, make_quantizer(profile, inputs.model_dir))
+    follow(learner)
+    learner.close()
+    return 0
+
+
 def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
 
@@ -406,22 +420,23 @@ def _require_runnable(profile: TargetProfile) -> None:
         raise PreflightError(f"target {profile.name!r} cannot run on this machine", reasons, "`hetero-rl targets check` shows what can")
 
 
-def _require_one_process() -> None:
+def _require_one_process(launchers: Sequence[str]) -> None:
     """A launcher's many processes would each do the whole job. Raises `UsageError`."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+    for name in launchers:
         if os.environ.get(name, "1") != "1":
             raise UsageError(
-                f"{name} = {os.environ[name]} says that a launcher started several processes, and hetero-rl is one process. "
-                "Start it directly, without torchrun, deepspeed or mpirun"
+                f"{name} = {os.environ[name]} says that a launcher started several processes. `hetero-rl train` works with torchrun and "
+                "deepspeed, which set RANK; every other command is one process: start it directly"
             )
 
 
-def _prepare_process() -> None:
+def _prepare_process(*, may_be_launched: bool = False) -> None:
     """Before anything heavy is imported: one process, libraries' chatter off the screen, and threads that wait without burning a core.
 
     Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
     """
-    _require_one_process()
+    if not (may_be_launched and "RANK" in os.environ):
+        _require_one_process(("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -15,3 +15,7 @@ class DivergedError(DeployTargetsError):
 
 class RunFolderError(UsageError):
     """A run folder that cannot be used: it already holds a run, holds none, or cannot be written."""
+
+
+class RankError(DeployTargetsError):
+    """Another rank of the learner ended, and this one cannot go on by itself."""

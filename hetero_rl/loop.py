@@ -96,7 +96,8 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                     snapshot = learner.snapshot()
                     ahead.start(state.step + 1)
             multiplier = state.dual.multiplier
-            masters = {} if gate is None else learner.masters()
+            if gate is not None:
+                learner.keep_masters()
             update = learner.update(sequences, multiplier)
             gap = update.sums.gap
             dual = dual_step(state.dual, gap.mean_engine_gap, dual_config, rollouts.mean_reward)
@@ -110,7 +111,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
                 rejected = gate is not None and not engine_gap(parts, config.constraint, rollouts.sequences) <= gate * gap.mean_engine_gap
                 if rejected:
-                    learner.restore(masters)
+                    learner.restore_masters()
                     version += 1
                     proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
                 snapshot = learner.snapshot() if loop.publish_every > 1 else snapshot
@@ -121,7 +122,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             if dual.bound != state.dual.bound:
                 view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
-            state = replace(state, calibration=publisher.calibration, deployed_accuracy=None)
+            state = replace(state, calibration=publisher.calibration, deployed_accuracy=None, num_ranks=learner.ranks.size)
             row = step_row(state, rollouts, update, multiplier, proof_gap, rejected)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
@@ -219,7 +220,7 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
     )
 
 
-def with_old_logp(learner: Learner, snapshot: dict[str, torch.Tensor], sequences: list[TrainSequence]) -> list[TrainSequence]:
+def with_old_logp(learner: Learner, snapshot: int, sequences: list[TrainSequence]) -> list[TrainSequence]:
     """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
     scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences], [s.routes for s in sequences])
     return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from deploy_targets.catalog import is_rebuilt, make_quantizer
 from deploy_targets.engines.options import RETURN_ROUTES
+from deploy_targets.errors import UsageError
 from deploy_targets.profile import TargetProfile
+from deploy_targets.protocols import Quantizer
 from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
 from hetero_rl.algorithm.kinds import PAIRED
@@ -59,18 +61,7 @@ def assemble(
     sampling = Sampling(config.loop.max_response_tokens, config.loop.temperature, stop_token_ids=stop_tokens(model_dir, tokenizer))
     state = None if checkpoint is None else load_state(checkpoint)
     view.phase("loading the learner")
-    learner = Learner(
-        model_dir,
-        quantizer,
-        config.learner if state is None else config.learner.model_copy(update={"compute_dtype": state.compute_dtype}),
-        config.algorithm,
-        config.constraint,
-        temperature=config.loop.temperature,
-        num_updates=config.loop.num_steps * config.learner.updates_per_rollout,
-        max_response_tokens=config.loop.max_response_tokens,
-        seed=config.loop.seed,
-        cache_rounding=cache_rounding(profile),
-    )
+    learner = make_learner(config, profile, inputs, quantizer, None if state is None else state.compute_dtype)
     stack.callback(learner.close)
     view.phase(f"the learner computes in {learner.compute_dtype}{', responses share their prompt' if learner.packed else ''}")
     if config.constraint.signal in PAIRED and not learner.has_twin:
@@ -80,6 +71,7 @@ def assemble(
         )
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
+        check_ranks(state, learner, config.learner.zero_stage)
         learner.load(checkpoint)
     anew = ", and anew for every update: it cannot swap weights while it runs" if is_rebuilt(profile, model_dir) else ""
     engines = f"the {config.num_engines} engines" if config.engines else "the engine"
@@ -95,6 +87,33 @@ def assemble(
         publisher.num_rebuilds = state.num_rebuilds
         publisher.calibrate(list(state.probes), state.reference_gap)
     return Parts(task, sampling, learner, publisher, state)
+
+
+def make_learner(
+    config: RunConfig, profile: TargetProfile, inputs: Inputs, quantizer: Quantizer, compute_dtype: str | None = None
+) -> Learner:
+    """The learner of a run; `compute_dtype` is that of the checkpoint it goes on from."""
+    return Learner(
+        inputs.model_dir,
+        quantizer,
+        config.learner if compute_dtype is None else config.learner.model_copy(update={"compute_dtype": compute_dtype}),
+        config.algorithm,
+        config.constraint,
+        temperature=config.loop.temperature,
+        num_updates=config.loop.num_steps * config.learner.updates_per_rollout,
+        max_response_tokens=config.loop.max_response_tokens,
+        seed=config.loop.seed,
+        cache_rounding=cache_rounding(profile),
+    )
+
+
+def check_ranks(state: LoopState | None, learner: Learner, zero_stage: int) -> None:
+    """ZeRO spreads the optimizer over the ranks. Raises `UsageError` where there are others than the checkpoint was made by."""
+    if state is not None and zero_stage and state.num_ranks != learner.ranks.size:
+        raise UsageError(
+            f"the checkpoint was made by {state.num_ranks} ranks with learner.zero_stage = {zero_stage}, and each holds its own part: go on "
+            f"with {state.num_ranks}, not {learner.ranks.size} (with zero_stage = 0 any number goes on)"
+        )
 
 
 def returning_routes(profile: TargetProfile) -> TargetProfile:

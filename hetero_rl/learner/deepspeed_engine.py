@@ -1,4 +1,4 @@
-"""DeepSpeed around the policy: optimizer, schedule, ZeRO, and one rank that needs no port."""
+"""DeepSpeed around the policy: optimizer, schedule, ZeRO."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from hetero_rl.learner.fake_quant import TwinExperts
 from hetero_rl.learner.policy import Policy
 
 
+def backend() -> str:
+    """What ranks talk by on this machine."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
 def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any:
-    """A DeepSpeed engine in bf16 with fp32 master weights; `num_updates` is the length of the learning-rate schedule."""
-    on_cuda = torch.cuda.is_available()
-    backend = "nccl" if on_cuda else "gloo"
-    _join_process_group(backend)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
+    """A DeepSpeed engine in bf16 with fp32 master weights, among the ranks that `ranks.join` found.
+
+    `num_updates` is the length of the learning-rate schedule.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
     with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend(), verbose=False)
 
     def schedule(step: int) -> float:
         if step < config.warmup_steps:
@@ -98,12 +103,3 @@ def _zero(policy: Policy, stage: int) -> dict[str, Any]:
     # By default DeepSpeed takes the block around the experts as a whole, made for experts that a pass may leave out; fused ones never are.
     # Its hooks on such a block fail where learner and twin both run in one pass. (It warns that no module is taken so: that is meant.)
     return {"stage": stage, "overlap_comm": False, "leaf_module": {"classes": []}}
-
-
-def _join_process_group(backend: str) -> None:
-    """One rank in this process without any port: ports race."""
-    if torch.distributed.is_initialized():
-        return
-    # DeepSpeed asks the environment who it is, even where the process group is there.
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from hetero_rl.learner.attention import follows_cache_rounding, follows_packing,
 from hetero_rl.learner.batch_parts import split_batch
 from hetero_rl.learner.batching import MicroBatch, Routes, Tokens, micro_batches
 from hetero_rl.learner.compute import choose_dtype, compute_in_float32
-from hetero_rl.learner.deepspeed_engine import read_masters, start_engine, write_masters
+from hetero_rl.learner.deepspeed_engine import backend, read_masters, start_engine, write_masters
 from hetero_rl.learner.describe import Description, describe
 from hetero_rl.learner.fake_quant import add_twin, random_errors
 from hetero_rl.learner.generate import generate_responses
@@ -36,9 +36,12 @@ from hetero_rl.learner.gram import input_grams
 from hetero_rl.learner.model import check_head, load_causal_lm, stored_tensors
 from hetero_rl.learner.objective import LossSums, objective
 from hetero_rl.learner.policy import NOTHING, Beside, Policy, TokenStats
+from hetero_rl.learner.ranks import END, join, on_every_rank
 from hetero_rl.learner.routing import check_routes
 from hetero_rl.types import TrainSequence
 
+NUM_SNAPSHOTS = 2
+"""What a run one step off needs at a time: the weights that its rollouts were made with, and those of the next."""
 NOISE_SEEDS = 1_000_003
 """Of a run: more than it has updates, so that two runs draw different noise."""
 
@@ -85,11 +88,13 @@ class Learner:
         self.config, self.algorithm, self.constraint, self.temperature = learner, algorithm, constraint, temperature
         self._max_response_tokens = max_response_tokens
         self._seed = seed
+        self.ranks = join(backend())
         torch.manual_seed(seed)
         lm = load_causal_lm(model_dir)
         check_head(lm)
         self._stored = stored_tensors(lm, model_dir)
-        compute_dtype = choose_dtype(learner.compute_dtype, lm)
+        # Measured where it is not given, and not everywhere alike.
+        compute_dtype = self.ranks.agreed(choose_dtype(learner.compute_dtype, lm))
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
         # Where only the proof of a publish runs the twin, and that once, it is not worth a second copy of the model.
         keep = constraint.signal in PAIRED or learner.forward == "fake_quant" or algorithm.score_centering
@@ -105,6 +110,9 @@ class Learner:
         self._engine = start_engine(policy, learner, num_updates)
         self.device: torch.device = self._engine.device
         self._skipped_in_a_row, self._num_updates = 0, 0
+        self._snapshots: dict[int, dict[str, Tensor]] = {}
+        self._num_snapshots = 0
+        self._masters: dict[str, Tensor] = {}
         self._as_twin = learner.forward == "fake_quant"
         if self._as_twin and not self.has_twin:
             raise UsageError(
@@ -121,6 +129,7 @@ class Learner:
         """The module under DeepSpeed's wrapper."""
         return self._engine.module  # type: ignore[no-any-return]
 
+    @on_every_rank
     def score(
         self, sequences: Sequence[TokenSequence], *, as_twin: bool | None = None, routes: Sequence[Routes | None] = ()
     ) -> list[LearnerScores]:
@@ -134,12 +143,15 @@ class Learner:
         responses = [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
         scores: dict[int, LearnerScores] = {}
         with torch.no_grad():
-            for batch in self._micro_batches(prompts, responses, routes if self.algorithm.routing_replay else ()):
+            batches = self._micro_batches(prompts, responses, routes if self.algorithm.routing_replay else (), self.ranks.size)
+            for batch, _ in self.ranks.share(batches):
                 stats = self._forward(batch, as_twin=self._as_twin if as_twin is None else as_twin)
                 for (index, logps), (_, greedy) in zip(batch.unflatten(stats.logp), batch.unflatten(stats.greedy), strict=True):
                     scores[index] = LearnerScores(logps, greedy)
-        return [scores[index] for index in range(len(sequences))]
+        everyones = {index: score for part in self.ranks.gathered(scores) for index, score in part.items()}
+        return [everyones[index] for index in range(len(sequences))]
 
+    @on_every_rank
     def describe(self, sequences: Sequence[TokenSequence], *, routes: Sequence[Routes | None] = ()) -> list[Description]:
         """What the current weights say about the response tokens, in full and in two precisions: `score`, for golden probes."""
         prompts = [sequence.tokens[: sequence.prompt_len] for sequence in sequences]
@@ -151,6 +163,7 @@ class Learner:
         batches = self._micro_batches(prompts, responses, routes if self.algorithm.routing_replay else ())
         return describe(forward, batches, is_float32=self.compute_dtype == "float32")
 
+    @on_every_rank
     def update(self, sequences: Sequence[TrainSequence], multiplier: float) -> UpdateStats:
         """`updates_per_rollout` optimizer steps on one batch of rollouts.
 
@@ -197,19 +210,20 @@ class Learner:
         return UpdateStats(sums, grad_norm, lr, num_skipped)
 
     def _backward(self, sequences: Sequence[TrainSequence], num_tokens: int, multiplier: float) -> LossSums:
-        """Accumulate the gradient of the objective's mean over `num_tokens`; returns what it summed."""
+        """Accumulate the gradient of the objective's mean over `num_tokens`, those of all ranks; returns what all of them summed."""
         sums = LossSums()
         for part in split_batch(sequences, self.constraint, multiplier, self._num_updates):
             beside = Beside(part.grey_box, self.algorithm.centering if part.with_gradient else None)
             with torch.set_grad_enabled(part.with_gradient):
                 prompts, responses, routes = zip(*((s.prompt, s.tokens, s.routes) for s in part.sequences), strict=True)
-                for batch in self._micro_batches(prompts, responses, routes):
+                for batch, counts in self.ranks.share(self._micro_batches(prompts, responses, routes, self.ranks.size)):
                     stats = self._forward(batch, beside, as_twin=self._as_twin)
                     loss, found = objective(stats, batch, part.sequences, self.algorithm, self.constraint, multiplier, part.cost_scale)
                     if part.with_gradient:
-                        self._engine.backward(loss / num_tokens)
-                    sums = sums + found
-        return sums
+                        # DeepSpeed takes the mean of the ranks' gradients, and the sum is meant.
+                        self._engine.backward(loss * (self.ranks.size if counts else 0) / num_tokens)
+                    sums = sums + found if counts else sums
+        return sum(self.ranks.gathered(sums), LossSums())
 
     def _with_old_logp(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """Fill in the learner's log-probs under the weights of now, for sequences that have none yet."""
@@ -225,11 +239,15 @@ class Learner:
         return stats
 
     def _micro_batches(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], routes: Sequence[Routes | None]
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tokens], routes: Sequence[Routes | None], num_shares: int = 1
     ) -> Iterator[MicroBatch]:
+        """At least `num_shares` of them, where there are as many sequences."""
         known = [array for array in routes if array is not None]
         given = known if len(known) == len(prompts) else None
-        return micro_batches(prompts, responses, self.config.tokens_per_micro_batch, self.device, packed=self.packed, routes=given)
+        most = self.config.tokens_per_micro_batch
+        if num_shares > 1:
+            most = min(most, math.ceil(sum(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)) / num_shares))
+        return micro_batches(prompts, responses, most, self.device, packed=self.packed, routes=given)
 
     def _count_skips(self, num_skipped: int, grad_norm: float, loss: float) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if num_skipped else 0
@@ -239,6 +257,7 @@ class Learner:
                 f"Lower learner.lr (now {self.config.lr:g}) or resume from an earlier checkpoint"
             )
 
+    @on_every_rank
     def greedy_responses(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_token_ids: Sequence[int]) -> list[list[int]]:
         """Greedy continuations by the bf16 weights, stop token included, in order."""
         sampling = Sampling(max_tokens, temperature=0.0, stop_token_ids=tuple(stop_token_ids))
@@ -248,6 +267,9 @@ class Learner:
         """The bf16 weights as a saved checkpoint has them (`saved_views`), one at a time; under ZeRO-3 each is gathered and let go."""
         import deepspeed
 
+        if self.config.zero_stage == 3 and self.ranks.size > 1 and self.ranks.leads:
+            # Not before the first is asked for: until then other calls may come between.
+            self.ranks.tell("named_tensors", (), {})
         output = self.policy.lm.get_output_embeddings()
         output_name = next((name for name, module in self.policy.lm.named_modules() if module is output), None)
         for name, parameter in self.policy.lm.named_parameters(remove_duplicate=False):
@@ -264,6 +286,7 @@ class Learner:
         """An upper bound on how many tensors `named_tensors` gives."""
         return len(self._stored)
 
+    @on_every_rank
     def input_grams(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Weight name -> mean of x x^T over the inputs of each quantized layer while the model reads `sequences`; see gram.py."""
         return input_grams(self.policy.lm, self.twins, [sequence.tokens for sequence in sequences], self.config.tokens_per_micro_batch)
@@ -273,29 +296,40 @@ class Learner:
         for layer in self.twins:
             layer.forget()
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the bf16 weights, by parameter name."""
-        return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
+    @on_every_rank
+    def snapshot(self) -> int:
+        """Keep a copy of the bf16 weights, on each rank its own; returns its number. The `NUM_SNAPSHOTS` newest are kept."""
+        self._num_snapshots += 1
+        self._snapshots[self._num_snapshots] = self._copied()
+        for old in list(self._snapshots)[:-NUM_SNAPSHOTS]:
+            del self._snapshots[old]
+        return self._num_snapshots
 
+    @on_every_rank
     def score_snapshot(
-        self, snapshot: dict[str, Tensor], sequences: Sequence[TokenSequence], routes: Sequence[Routes | None] = ()
+        self, snapshot: int, sequences: Sequence[TokenSequence], routes: Sequence[Routes | None] = ()
     ) -> list[LearnerScores]:
         """`score` under the weights of a `snapshot` (rollouts of an older version); the current weights come back after it."""
-        current = self.snapshot()
-        self._copy_in(snapshot)
+        current = self._copied()
+        self._copy_in(self._snapshots[snapshot])
         try:
             return self.score(sequences, routes=routes)
         finally:
             self._copy_in(current)
 
-    def masters(self) -> dict[str, Tensor]:
-        """A copy of the fp32 master weights, by parameter name; not under ZeRO-3."""
-        return read_masters(self._engine)
+    @on_every_rank
+    def keep_masters(self) -> None:
+        """Keep a copy of the fp32 master weights, in place of the last; not under ZeRO-3."""
+        self._masters = read_masters(self._engine)
 
-    def restore(self, masters: dict[str, Tensor]) -> None:
-        """Undo the steps since `masters` were taken: weights alone, the optimizer's averages and the schedule stay."""
-        write_masters(self._engine, masters)
-        self._copy_in(masters)
+    @on_every_rank
+    def restore_masters(self) -> None:
+        """Undo the steps since `keep_masters`: weights alone, the optimizer's averages and the schedule stay."""
+        write_masters(self._engine, self._masters)
+        self._copy_in(self._masters)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
 
     def _copy_in(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -303,11 +337,14 @@ class Learner:
                 parameter.copy_(weights[name])
         self.forget_twins()
 
+    @on_every_rank
     def save(self, folder: Path) -> None:
         """Write master weights, optimizer and scheduler state into `folder`."""
         client_state = {"skipped_in_a_row": self._skipped_in_a_row, "num_updates": self._num_updates}
         self._engine.save_checkpoint(str(folder), tag="learner", client_state=client_state, save_latest=False)
+        self.ranks.wait()
 
+    @on_every_rank
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         if not (folder / "learner").is_dir():
@@ -317,7 +354,10 @@ class Learner:
         self.forget_twins()
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks and buffers; rank 0 lets the others go."""
+        if self.ranks.size > 1 and self.ranks.leads:
+            with suppress(RuntimeError):  # where they are gone already
+                self.ranks.tell(END)
         self._engine.destroy()
 
 

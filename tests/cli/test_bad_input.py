@@ -354,7 +354,8 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_several_processes(tmp_path: Path) -> None:
-    fails(hetero_rl(*FAKE, cwd=tmp_path, WORLD_SIZE="2", RANK="1"), 2, "WORLD_SIZE = 2", "torchrun")
+    fails(hetero_rl(*FAKE, cwd=tmp_path, OMPI_COMM_WORLD_SIZE="2"), 2, "OMPI_COMM_WORLD_SIZE = 2", "torchrun")
+    fails(hetero_rl("eval", "--target", "fake", cwd=tmp_path, WORLD_SIZE="2", RANK="1"), 2, "WORLD_SIZE = 2", "torchrun")
 
 
 def test_settings_without_effect_are_named(tmp_path: Path) -> None:

@@ -163,9 +163,9 @@ def test_nonfinite_engine_logps_change_nothing_else(make_learner: MakeLearner) -
 def test_nonfinite_step_is_skipped_then_stops_the_run(make_learner: MakeLearner) -> None:
     learner = make_learner(max_skipped_in_a_row=2)
     bad = [replace(s, advantage=float("nan")) for s in sequences(4)]
-    before = learner.snapshot()
+    before = learner._copied()
     assert learner.update(bad, 0.0).num_skipped == 1
-    assert all(torch.equal(before[name], weight) for name, weight in learner.snapshot().items())
+    assert all(torch.equal(before[name], weight) for name, weight in learner._copied().items())
     assert learner.update(sequences(4), 0.0).num_skipped == 0
     learner.update(bad, 0.0)
     with pytest.raises(DivergedError, match=r"2 steps in a row.*Lower learner\.lr"):
@@ -207,14 +207,16 @@ def test_restored_masters_undo_a_step(make_learner: MakeLearner, stage: int) -> 
     """To the last bit of the fp32 weights: the step after it starts from them, whatever bf16 shows of them."""
     learner = make_learner(zero_stage=stage)
     learner.update(sequences(), 0.0)
-    weights, masters, scores = learner.snapshot(), learner.masters(), learner.score(as_sequences(sequences()))
+    learner.keep_masters()
+    weights, masters, scores = learner._copied(), learner._masters, learner.score(as_sequences(sequences()))
     assert all(masters[name].dtype == torch.float32 for name in masters)
     assert any(not torch.equal(masters[name], weights[name].float()) for name in masters), "masters hold more digits"
     learner.update(sequences(), 0.0)
-    assert any(not torch.equal(weights[name], tensor) for name, tensor in learner.snapshot().items())
-    learner.restore(masters)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in learner.snapshot().items())
-    assert all(torch.equal(masters[name], tensor) for name, tensor in learner.masters().items())
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in learner._copied().items())
+    learner.restore_masters()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in learner._copied().items())
+    learner.keep_masters()
+    assert all(torch.equal(masters[name], tensor) for name, tensor in learner._masters.items())
     assert all((a.logps == b.logps).all() for a, b in zip(scores, learner.score(as_sequences(sequences())), strict=True))
 
 
@@ -312,11 +314,11 @@ def test_score_centering_is_the_drift_towards_the_twin(make_learner: MakeLearner
 def test_every_loss_takes_steps(loss: str, make_learner: MakeLearner) -> None:
     algorithm = AlgorithmConfig.model_validate({"loss": loss})
     learner = make_learner(algorithm=algorithm, updates_per_rollout=2)
-    before = learner.snapshot()
+    before = learner._copied()
     stats = learner.update(sequences(), 0.0)
     assert stats.num_skipped == 0
     assert stats.grad_norm > 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in learner.snapshot().items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in learner._copied().items())
 
 
 def test_a_cache_of_few_bits(make_learner: MakeLearner) -> None:
@@ -401,10 +403,10 @@ def test_a_snapshot_leaves_the_rounded_weights_of_now(make_learner: MakeLearner)
 def test_a_step_without_a_single_finite_logprob_moves_nothing(make_learner: MakeLearner) -> None:
     learner = make_learner(lr=1e-2)
     learner.update(sequences(), 0.0)
-    before = learner.snapshot()
+    before = learner._copied()
     lost = learner.update([replace(s, engine_logp=np.full_like(s.engine_logp, np.nan)) for s in sequences()], 0.0)
     assert lost.num_skipped == 1
-    assert all(torch.equal(before[name], now) for name, now in learner.snapshot().items())
+    assert all(torch.equal(before[name], now) for name, now in learner._copied().items())
 
 
 def test_a_share_of_the_prompts_costs_as_much_in_the_mean(make_learner: MakeLearner) -> None:
