@@ -111,8 +111,8 @@ def check_ranks(state: LoopState | None, learner: Learner, zero_stage: int) -> N
     """ZeRO spreads the optimizer over the ranks. Raises `UsageError` where there are others than the checkpoint was made by."""
     if state is not None and zero_stage and state.num_ranks != learner.ranks.size:
         raise UsageError(
-            f"the checkpoint was made by {state.num_ranks} ranks with learner.zero_stage = {zero_stage}, and each holds its own part: go on "
-            f"with {state.num_ranks}, not {learner.ranks.size} (with zero_stage = 0 any number goes on)"
+            f"the checkpoint was made by {state.num_ranks} ranks with learner.zero_stage = {zero_stage}, and each holds its own part: "
+            f"go on with {state.num_ranks}, not {learner.ranks.size} (with zero_stage = 0 any number goes on)"
         )
 
 

@@ -32,7 +32,7 @@ def batch(step: int) -> list[TrainSequence]:
     sequences = []
     for prompt in range(7):
         for response in range(4):
-            tokens = draw.integers(3, 60, draw.integers(2, 9)).astype(np.int32)
+            tokens = draw.integers(3, 30, draw.integers(2, 9)).astype(np.int32)
             logps = draw.normal(-3, 0.5, len(tokens)).astype(np.float32)
             sequences.append(TrainSequence((1, 2 + prompt, 5), tokens, logps, float(response - 1.5)))
     return sequences
@@ -48,7 +48,7 @@ def train(learner: Learner, told: list[float]) -> dict[str, Any]:
         found["grad_norms"].append(update.grad_norm)
         found["gaps"].append(gap.mean_engine_gap)
         found["lambdas"].append(state.multiplier)
-        state = dual_step(state, gap.mean_engine_gap, DualConfig(tolerance=0.01, eta=0.1, lambda_max=4.0), 0.0)
+        state = dual_step(state, gap.mean_engine_gap, DualConfig(tolerance=0.01, eta=0.1, lambda_max=4.0, lambda_infeasible=1.0), 0.0)
     probes = [TokenSequence((*s.prompt, *s.tokens.tolist()), len(s.prompt)) for s in batch(9)]
     found["scores"] = np.concatenate([score.logps for score in learner.score(probes)]).tolist()
     found["weights"] = {name: float(tensor.float().square().sum()) for name, tensor in learner.named_tensors()}
