@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hetero_rl.recipe import RECIPES
+from hetero_rl.recipe import RECIPES, RecipeName
 
 TARGETS = Path(__file__).parent / "targets"
 """Profiles of targets that are compared and not shipped."""
@@ -44,7 +44,11 @@ PAPER = ("constraint.lambda_init=0.1", "constraint.lambda_max=5", "constraint.em
 FLOORS = {"q2_k-llamacpp": 0.048, "int4-onnx": 0.0105}
 """Measured; the published eta of 1 per unit of the gap is one floor per unit of relative violation."""
 OFF = ("constraint.signal=off",)
-SHIPPED = tuple(f"constraint.{key}={value}" for key, value in RECIPES["grey_box"].settings["constraint"].items())
+
+
+def shipped(name: RecipeName) -> tuple[str, ...]:
+    """The settings of a recipe of `hetero_rl/recipe.py`."""
+    return tuple(f"constraint.{key}={value}" for key, value in RECIPES[name].settings["constraint"].items())
 
 
 def corrected(*settings: str) -> tuple[str, ...]:
@@ -77,14 +81,15 @@ ARMS = {
     "paper_advantage": Arm("the paper's advantage side, 1 x floor, lambda from 0.1", ("constraint.signal=advantage", *PAPER)),
     "grey": Arm("grey box, lambda 0.3", held(0.3), ours=True),
     "grey_1": Arm("grey box, lambda 1", held(1.0), ours=True),
-    "recipe": Arm("the shipped recipe `grey_box`", SHIPPED, ours=True, drawn=True),
+    "recipe": Arm("the shipped recipe `grey_box`", shipped("grey_box"), ours=True, drawn=True),
+    "guard": Arm("the shipped recipe `guard`", shipped("guard"), ours=True),
     "grey_dual": Arm("grey box, dual ascent to 1 x floor", ours=True, tolerance=1.0),
     "grey_top": Arm("grey box over the top 16 tokens, lambda 0.3", held(0.3, "constraint.grey_box_form=top"), ours=True),
     "grey_sampled": Arm("grey box of the sampled token, lambda 0.3", held(0.3, "constraint.grey_box_form=sampled"), ours=True),
     "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
     "flatness": Arm("rounding errors at random signs, lambda 0.3", held(0.3, "constraint.signal=flatness"), ours=True),
     "fake_quant_grey": Arm("both: rounded weights, and grey box with lambda 0.3", held(0.3, "learner.forward=fake_quant"), ours=True),
-    "fake_quant_recipe": Arm("both: rounded weights, and the shipped recipe", (*SHIPPED, "learner.forward=fake_quant"), ours=True),
+    "fake_quant_recipe": Arm("both: rounded weights, and `grey_box`", (*shipped("grey_box"), "learner.forward=fake_quant"), ours=True),
     **{f"grey_{bound:g}x": bounded(bound) for bound in (0.5, 0.7, 1.5, 2.0)},
 }  # fmt: skip
 SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=lambda name: ARMS[name].tolerance or 0.0))
@@ -183,7 +188,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "finalists": (
         Block(("addition",), ("q2_k-llamacpp",), ("on_policy", "stale"), FINALISTS, FIVE),
         Block(("expression",), ("q2_k-llamacpp",), ("on_policy",), FINALISTS, FIVE),
-        Block(("addition",), ("int4-onnx",), ("on_policy",), FINALISTS, FIVE),
+        Block(("addition",), ("int4-onnx",), ("on_policy",), (*FINALISTS, "guard"), FIVE),
         Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), FEW, FIVE),
         Block(("addition",), ("q2_k-llamacpp",), ("one_step_off",), ("recipe",), FIVE),
         Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), FEW, (0, 1)),
