@@ -33,15 +33,17 @@ PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
     ],
 )
 def test_what_it_says(settings: list[str], line: str) -> None:
-    assert pieces(load_config([], settings)[0]) == line
+    assert pieces(load_config([], settings, "q2_k-llamacpp")[0]) == line
 
 
 @pytest.mark.parametrize(
     ("target", "recipe"),
     [
-        ("int4-onnx", "grey_box"),
         ("q2_k-llamacpp", "grey_box"),
-        ("nf4-transformers", "grey_box"),
+        ("q3_k_s-llamacpp", "grey_box"),
+        ("int4-vllm-fp8kv", "grey_box"),
+        ("int4-onnx", "guard"),
+        ("nf4-transformers", "guard"),
         ("bf16-vllm-fp8kv", "grey_box"),
         ("fp8-vllm", "guard"),
         ("q8_0-llamacpp", "guard"),
@@ -69,7 +71,7 @@ def test_settings_win_over_the_recipe() -> None:
     named = load_config([], ["recipe=guard", "constraint.signal=grey_box"], "int4-onnx")[0].constraint
     assert named.first_multiplier == 0.0, "naming the recipe's own signal changes nothing"
     assert load_config([], ["recipe=plain"], "int4-onnx")[0].constraint.signal == "off"
-    fixed = load_config([], ["constraint.controller=fixed"], "int4-onnx")[0].constraint
+    fixed = load_config([], ["constraint.controller=fixed"], "q2_k-llamacpp")[0].constraint
     assert (fixed.first_multiplier, fixed.lambda_min) == (0.3, 0.0), "a lambda that stays has no bounds"
     assert load_config([], ["recipe=none", "constraint.signal=grey_box"], "int4-onnx")[0].constraint.first_multiplier == 1.0
     config, profile = load_config([], ["recipe=none"], "bf16-vllm")
