@@ -27,6 +27,8 @@ from tests.unit.test_benchmarks import ROOT
         (["constraint.tolerance_min=0.1", "constraint.tolerance_unit='absolute'"], ["constraint.tolerance_min"]),
         (["loop.num_steps=10", "learner.warmup_steps=11"], ["learner.lr"]),
         (["loop.num_steps=10", "learner.warmup_steps=10"], []),
+        (["pool.min_engines=1"], ["pool.min_engines"]),
+        (["pool.min_engines=1", "engines=[{count = 2}]"], []),
     ],
 )
 def test_what_is_named(settings: list[str], named: list[str]) -> None:
@@ -45,7 +47,7 @@ def test_lambda_above_its_bound_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"lambda_init = 1 is above constraint\.lambda_max = 0\.3, the bound of signal 'loss'"):
         load_config([], ["constraint.signal=loss", "constraint.lambda_init=1.0"])
     with pytest.raises(ProfileError, match=r"lambda_min = 0\.3 is above constraint\.lambda_max = 0\.2"):
-        load_config([], ["constraint.lambda_init=0.1", "constraint.lambda_max=0.2"])
+        load_config([], ["constraint.lambda_init=0.1", "constraint.lambda_max=0.2"], "q2_k-llamacpp")
     assert RunConfig.model_validate({"constraint": {"signal": "loss"}}).constraint.multiplier_cap == 0.3
 
 
@@ -59,6 +61,10 @@ def test_lambda_above_its_bound_is_refused() -> None:
         (["constraint.signal=flatness", "learner.forward=fake_quant"], "learner.forward = 'fake_quant' needs the target's own"),
         (["loop.publish_gate=1.1", "loop.publish_every=2", "checkpoint.every_steps=2"], "judges and undoes single steps"),
         (["constraint.measure='k1'"], "multiples of its floor bound nothing"),
+        (["engines=[{count = 2}]", "pool.min_engines=3"], "pool.min_engines = 3 is more than the 2"),
+        (["engines=[{url = 'http://x', count = 2, token_file = 't'}]"], "one url is one agent"),
+        (["engines=[{token_file = 't'}]"], "token_file belong to an agent: give its url"),
+        (["engines=[{url = 'http://x'}]"], "an agent wants its token"),
         (["algorithm.correction='mis'", "algorithm.correction_low=3.0"], "is above algorithm.correction_high = 2"),
     ],
 )
