@@ -433,9 +433,10 @@ def _require_one_process(launchers: Sequence[str]) -> None:
 def _prepare_process(*, may_be_launched: bool = False) -> None:
     """Before anything heavy is imported: one process, libraries' chatter off the screen, and threads that wait without burning a core.
 
-    Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
+    `may_be_launched`: or one of the ranks that torchrun or deepspeed started. Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
     """
-    if not (may_be_launched and "RANK" in os.environ):
+    is_ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if not (may_be_launched and is_ranked):
         _require_one_process(("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
