@@ -433,7 +433,8 @@ def _require_one_process(launchers: Sequence[str]) -> None:
 def _prepare_process(*, may_be_launched: bool = False) -> None:
     """Before anything heavy is imported: one process, libraries' chatter off the screen, and threads that wait without burning a core.
 
-    `may_be_launched`: or one of the ranks that torchrun or deepspeed started. Learner and engine take turns on the same cores; OpenMP threads that spin between turns slow the other side down.
+    `may_be_launched`: or one of the ranks that torchrun or deepspeed started. Learner and engine take turns on the same cores; OpenMP
+    threads that spin between turns slow the other side down.
     """
     is_ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if not (may_be_launched and is_ranked):

@@ -367,9 +367,9 @@ class RunConfig(_Table):
     """A whole run."""
 
     recipe: RecipeName = "auto"
-    """Settings that lie below all others. `auto`: by the target, `grey_box` where its weights or its cache cost accuracy, `guard` where
-    they hardly do, `plain` where nothing is rounded; `none`: the defaults below. Whoever sets `constraint.signal` gets no other
-    `[constraint]` setting of a recipe."""
+    """Settings that lie below all others. `auto`: by the target, `rounded` where its weights cost accuracy, `grey_box` where its cache
+    does, `guard` where they hardly do, `plain` where nothing is rounded; `none`: the defaults below. Whoever sets `constraint.signal`
+    gets no other setting of a recipe."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = Field(default_factory=ArithmeticConfig)
     target: TargetConfig = TargetConfig()

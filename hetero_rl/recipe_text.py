@@ -14,8 +14,8 @@ def recipe_lines(config: RunConfig, profile: TargetProfile) -> list[str]:
     if chosen == "auto":
         chosen, why = choose(profile)
         because = f", chosen for {profile.name} because {why}"
-    given = RECIPES[chosen].settings.get("constraint", {})
-    is_kept = all(getattr(config.constraint, key) == value for key, value in given.items())
+    settings = RECIPES[chosen].settings
+    is_kept = all(getattr(getattr(config, table), key) == value for table, values in settings.items() for key, value in values.items())
     return [f"recipe {chosen}{because}: {RECIPES[chosen].what if is_kept else 'changed by settings of your own'}", pieces(config)]
 
 

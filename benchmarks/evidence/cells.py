@@ -48,7 +48,7 @@ OFF = ("constraint.signal=off",)
 
 def shipped(name: RecipeName) -> tuple[str, ...]:
     """The settings of a recipe of `hetero_rl/recipe.py`."""
-    return tuple(f"constraint.{key}={value}" for key, value in RECIPES[name].settings["constraint"].items())
+    return tuple(f"{table}.{key}={value}" for table, values in RECIPES[name].settings.items() for key, value in values.items())
 
 
 def corrected(*settings: str) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ ARMS = {
     "grey_share": Arm("grey box on a third of the prompts, lambda 0.3", held(0.3, "constraint.grey_box_share=0.34"), ours=True),
     "flatness": Arm("rounding errors at random signs, lambda 0.3", held(0.3, "constraint.signal=flatness"), ours=True),
     "fake_quant_grey": Arm("both: rounded weights, and grey box with lambda 0.3", held(0.3, "learner.forward=fake_quant"), ours=True),
-    "fake_quant_recipe": Arm("both: rounded weights, and `grey_box`", (*shipped("grey_box"), "learner.forward=fake_quant"), ours=True),
+    "fake_quant_recipe": Arm("the shipped recipe `rounded`: both, rounded weights and `grey_box`", shipped("rounded"), ours=True),
     **{f"grey_{bound:g}x": bounded(bound) for bound in (0.5, 0.7, 1.5, 2.0)},
 }  # fmt: skip
 SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=lambda name: ARMS[name].tolerance or 0.0))

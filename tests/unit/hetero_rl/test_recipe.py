@@ -33,14 +33,14 @@ PLAIN = "grpo advantages, ppo_clip loss, no engine correction"
     ],
 )
 def test_what_it_says(settings: list[str], line: str) -> None:
-    assert pieces(load_config([], settings, "q2_k-llamacpp")[0]) == line
+    assert pieces(load_config([], settings, "int4-vllm-fp8kv")[0]) == line
 
 
 @pytest.mark.parametrize(
     ("target", "recipe"),
     [
-        ("q2_k-llamacpp", "grey_box"),
-        ("q3_k_s-llamacpp", "grey_box"),
+        ("q2_k-llamacpp", "rounded"),
+        ("q3_k_s-llamacpp", "rounded"),
         ("int4-vllm-fp8kv", "grey_box"),
         ("int4-onnx", "guard"),
         ("nf4-transformers", "guard"),
@@ -54,8 +54,9 @@ def test_what_it_says(settings: list[str], line: str) -> None:
 def test_auto_goes_by_what_the_target_rounds(target: str, recipe: str) -> None:
     assert choose(load_profile(target))[0] == recipe
     config, profile = load_config([], [], target)
-    for key, value in RECIPES[recipe].settings.get("constraint", {}).items():
-        assert getattr(config.constraint, key) == value
+    for table, values in RECIPES[recipe].settings.items():
+        for key, value in values.items():
+            assert getattr(getattr(config, table), key) == value
     assert recipe_lines(config, profile)[0].startswith(f"recipe {recipe}, chosen for {target} because ")
 
 
@@ -70,6 +71,10 @@ def test_settings_win_over_the_recipe() -> None:
     assert recipe_lines(config, profile)[0].endswith(": changed by settings of your own")
     named = load_config([], ["recipe=guard", "constraint.signal=grey_box"], "int4-onnx")[0].constraint
     assert named.first_multiplier == 0.0, "naming the recipe's own signal changes nothing"
+    rounded = load_config([], ["constraint.signal=off"], "q2_k-llamacpp")[0]
+    assert rounded.learner.forward == "bf16", "a recipe belongs to its signal"
+    centred = load_config([], ["algorithm.score_centering=true"], "q2_k-llamacpp")[0]
+    assert (centred.learner.forward, centred.constraint.lambda_min) == ("bf16", 0.3)
     assert load_config([], ["recipe=plain"], "int4-onnx")[0].constraint.signal == "off"
     fixed = load_config([], ["constraint.controller=fixed"], "q2_k-llamacpp")[0].constraint
     assert (fixed.first_multiplier, fixed.lambda_min) == (0.3, 0.0), "a lambda that stays has no bounds"
@@ -82,7 +87,7 @@ def test_settings_win_over_the_recipe() -> None:
 def test_a_recipe_that_does_not_exist_lists_the_known() -> None:
     with pytest.raises(ProfileError) as caught:
         load_config([], ["recipe=best"])
-    assert "recipe: Input should be 'auto', 'none', 'plain', 'guard' or 'grey_box' (got 'best')" in caught.value.offenders
+    assert "recipe: Input should be 'auto', 'none', 'plain', 'guard', 'grey_box' or 'rounded' (got 'best')" in caught.value.offenders
 
 
 def test_a_resumed_run_keeps_what_it_began_with() -> None:
