@@ -17,6 +17,7 @@ SCRIPTS = (
     "arithmetic",
     "attention",
     "constraint_cost",
+    "delta_updates",
     "publish",
     "publish_targets",
     "publish_vs_restart",
@@ -24,6 +25,7 @@ SCRIPTS = (
     "rollout",
     "schedule",
     "step_vs_trl",
+    "verification",
 )
 
 
