@@ -16,7 +16,7 @@ from deploy_targets.engines.draws import Draws, score_tokens
 from deploy_targets.engines.llamacpp_context import CACHE_TYPES, Context, ContextSize, Model, passes
 from deploy_targets.engines.llamacpp_decode import ContextSlots, logits_of
 from deploy_targets.engines.llamacpp_options import LlamaCppOptions
-from deploy_targets.engines.requests import check_sequences, compare_layouts, parse_options, read_limits, response_limits
+from deploy_targets.engines.requests import check_sequences, compare_layouts, even_tokens, parse_options, read_limits, response_limits
 from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import ArtifactError, EngineError
 from deploy_targets.gguf_file import GGUF_FILE, GgufHeader, read_gguf
@@ -123,7 +123,8 @@ class LlamaCppEngine:
         check_sequences(sequences, temperature, self._max_model_len, self._vocab_size)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
         size = self._size()
-        chunks = passes([len(sequences[i].tokens) for i in order], size.batch_tokens, size.num_slots)
+        lengths = [len(sequences[i].tokens) for i in order]
+        chunks = passes(lengths, even_tokens(lengths, size.batch_tokens, self._num_batches), size.num_slots)
 
         def score_chunk(context: Context, chunk: range) -> list[TokenScores]:
             chosen = [sequences[order[i]] for i in chunk]

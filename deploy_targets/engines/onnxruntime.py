@@ -20,7 +20,7 @@ from deploy_targets.engines.environment import num_usable_cores
 from deploy_targets.engines.onnx_decode import CacheSlots, chunks_by_tokens
 from deploy_targets.engines.onnx_graph import Graph
 from deploy_targets.engines.onnx_options import CPU_PROVIDER, OnnxRuntimeOptions, provider_problem
-from deploy_targets.engines.requests import check_sequences, parse_options, response_limits
+from deploy_targets.engines.requests import check_sequences, even_tokens, parse_options, response_limits
 from deploy_targets.engines.sampling_loop import Batch, batches, generations, sample_batch
 from deploy_targets.errors import EngineError, ProfileError
 from deploy_targets.types import WEIGHTS_FILE, Generation, Sampling, TokenScores, TokenSequence, WeightFile
@@ -94,7 +94,8 @@ class OnnxRuntimeEngine:
         self._check_open()
         check_sequences(sequences, temperature, self._max_model_len, self.graph.vocab_size)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-        chunks = chunks_by_tokens([len(sequences[i].tokens) - 1 for i in order], self._tokens_per_pass())
+        lengths = [len(sequences[i].tokens) - 1 for i in order]
+        chunks = chunks_by_tokens(lengths, even_tokens(lengths, self._tokens_per_pass(), self._num_batches))
         parts = [[order[i] for i in chunk] for chunk in chunks]
 
         def score_part(part: list[int]) -> list[TokenScores]:

@@ -14,6 +14,9 @@ from deploy_targets.profile import validation_lines
 from deploy_targets.types import WEIGHTS_FILE, TokenSequence
 from deploy_targets.weights_file import tensor_layout
 
+LEAST_TOKENS_PER_PASS = 128
+"""Fewer are not worth a pass of their own."""
+
 
 class EngineOptions(BaseModel):
     """Options every engine has; each engine adds its own and refuses unknown keys."""
@@ -138,3 +141,14 @@ def compare_layouts(expected: Layout, given: Layout, path: Path) -> None:
         if name in given and given[name] != expected[name]
     ]
     raise EngineError(f"{path} does not fit the model in service; nothing was changed:\n{_first_lines(wrong)}")
+
+
+def even_tokens(lengths: Sequence[int], most: int, num_parallel: int) -> int:
+    """Tokens of one pass over sequences of these `lengths`, at most `most`: `num_parallel` workers have as many passes each.
+
+    A few sequences would else be one pass, and three passes of two workers take as long as four.
+    """
+    rounds = max(1, -(-sum(lengths) // (most * num_parallel)))
+    # A sequence is not cut: with room for one more, none is left over for a pass of its own.
+    share = -(-sum(lengths) // (rounds * num_parallel)) + max(lengths, default=0)
+    return min(most, max(LEAST_TOKENS_PER_PASS, share))
