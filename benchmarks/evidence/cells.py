@@ -186,16 +186,16 @@ SUITES: dict[str, tuple[Block, ...]] = {
     ),
     "tolerance": (Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), (*SWEEP, "grpo"), (0, 1)),),
     "finalists": (
-        Block(("addition",), ("q2_k-llamacpp",), ("on_policy", "stale"), FINALISTS, FIVE),
-        Block(("expression",), ("q2_k-llamacpp",), ("on_policy",), FINALISTS, FIVE),
+        Block(("addition",), ("q2_k-llamacpp",), ("on_policy", "stale"), (*FINALISTS, "fake_quant_recipe"), FIVE),
+        Block(("expression",), ("q2_k-llamacpp",), ("on_policy",), (*FINALISTS, "fake_quant_recipe"), FIVE),
         Block(("addition",), ("int4-onnx",), ("on_policy",), (*FINALISTS, "guard"), FIVE),
-        Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), FEW, FIVE),
+        Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), FIVE),
         Block(("addition",), ("q2_k-llamacpp",), ("one_step_off",), ("recipe",), FIVE),
-        Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), FEW, (0, 1)),
     ),
+    "larger": (Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), (0, 1)),),
     "gpu": (Block(("expression_100M",), ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy", "stale"), FINALISTS, FIVE),),
 }
-"""Sized for two cores: screening under two seeds, finalists under five; a run takes two to ten minutes of a core."""
+"""Sized for two cores, but for `larger` and `gpu`: two seeds for screening, five for finalists; a run takes two to ten minutes of a core."""
 
 
 def cells(blocks: Iterable[Block], reference: str = FULL_PRECISION, **only: Sequence[Any]) -> Iterator[Cell]:
