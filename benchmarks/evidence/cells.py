@@ -195,7 +195,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "larger": (Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), (0, 1)),),
     "gpu": (Block(("expression_100M",), ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy", "stale"), FINALISTS, FIVE),),
 }
-"""Sized for two cores, but for `larger` and `gpu`: two seeds for screening, five for finalists; a run takes two to ten minutes of a core."""
+"""Sized for two cores, but for `larger` and `gpu`: screening has two seeds, finalists five; a run takes two to ten minutes of a core."""
 
 
 def cells(blocks: Iterable[Block], reference: str = FULL_PRECISION, **only: Sequence[Any]) -> Iterator[Cell]:
