@@ -20,6 +20,7 @@ from deploy_targets.agent.host import Host
 from deploy_targets.agent.service import make_app
 from deploy_targets.profile import TargetProfile
 from tests.command_line import environment_of
+from tests.ports import free_port
 
 TOKEN = "token-of-the-tests-0123456789"
 
@@ -30,11 +31,6 @@ class Agent:
 
     url: str
     host: Host
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @contextmanager

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from hetero_rl.metrics import read_metrics
 
 SHORT_RUN = (
     "loop.num_steps=4", "loop.prompts_per_step=8", "loop.samples_per_prompt=4", "loop.max_response_tokens=8",
@@ -44,3 +47,12 @@ def fails(result: subprocess.CompletedProcess[str], exit_code: int, *fragments: 
     assert "Traceback" not in result.stderr + result.stdout, result.stderr
     for fragment in fragments:
         assert fragment in result.stderr, (fragment, result.stderr)
+
+
+def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the run has done so many steps."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) <= step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

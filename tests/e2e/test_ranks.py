@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from hetero_rl.metrics import read_metrics
-from tests.command_line import SHORT_RUN, environment_of, hetero_rl, with_settings
+from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
 from tests.conftest import TinyModels
-from tests.e2e.test_pool import at_step
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import psutil
 import pytest
 
 from hetero_rl.metrics import METRICS, read_metrics
-from tests.agents import agent_process, free_port, kill_group, until_it_listens
-from tests.command_line import SHORT_RUN, environment_of, hetero_rl, with_settings
+from tests.agents import agent_process, kill_group, until_it_listens
+from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
+from tests.ports import free_port
 
 NUM_STEPS = 12
 TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, f"loop.num_steps={NUM_STEPS}", "learner.zero_stage=0"))
@@ -132,12 +132,3 @@ def engines_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The engine processes of a run, oldest first."""
     children = psutil.Process(process.pid).children(recursive=True)
     return sorted((child for child in children if "deploy_targets.engines.process" in child.cmdline()), key=psutil.Process.create_time)
-
-
-def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until the run has done so many steps."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) <= step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
