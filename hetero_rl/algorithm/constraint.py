@@ -146,9 +146,9 @@ def infeasible_message(state: DualState, config: DualConfig, floor: float | None
     if state.reason == "reward":
         change = "Lower constraint.lambda_max or constraint.eta, or raise constraint.tolerance"
     else:
-        change = "Raise constraint.tolerance, use constraint.signal = 'grey_box', or choose a target with a finer grid"
-        if floor is not None and config.tolerance <= floor:
-            change += "; signals that hold the engine constant cannot bring the gap below the floor"
+        change = "Raise constraint.tolerance, or choose a target with a finer grid"
+        if config.lambda_infeasible == 0.0:
+            change += ", or use constraint.signal = 'grey_box': signals that hold the engine constant do not bring the gap below the floor"
     bound = _bound(state, config)
     held = f"lambda is held at or below {bound:g}" if bound > 0.0 else "lambda is 0"
     return f"the constraint is infeasible: {seen}. {held} from here on. {change}"

@@ -9,6 +9,7 @@ ZeRO-3 gathers weights in each. Without a launcher there is one rank, and nothin
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import os
@@ -41,13 +42,21 @@ def own_rank() -> int:
 
 def join(backend: str) -> Ranks:
     """The process group of torch: that of the launcher, or one rank in this process without any port, as ports race."""
-    if not dist.is_initialized() and num_ranks() > 1:
-        dist.init_process_group(backend)
-    elif not dist.is_initialized():
-        # DeepSpeed asks the environment who it is, even where the process group is there.
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    if not dist.is_initialized():
+        if num_ranks() > 1:
+            dist.init_process_group(backend)
+        else:
+            # DeepSpeed asks the environment who it is, even where the process group is there.
+            os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        # Its threads give tensors back to Python: one that does so while the interpreter ends takes the process down with SIGABRT.
+        atexit.register(_leave)
     return Ranks()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:

@@ -260,9 +260,13 @@ class TestMessage:
             "floor 0.0300",
             "below 0.3 ",
             "constraint.tolerance",
-            "below the floor",
         ):
             assert part in text
+
+    def test_a_signal_is_offered_to_those_who_do_not_have_it(self) -> None:
+        state = DualState(0.2, gap_ema=0.03, infeasible=True, reason="cap", bound=0.2)
+        assert "grey_box" in infeasible_message(state, replace(CONFIG, lambda_infeasible=0.0))
+        assert "grey_box" not in infeasible_message(state, replace(CONFIG, lambda_infeasible=1.0))
 
     def test_reasons_differ(self) -> None:
         state = DualState(0.2, gap_ema=0.03, infeasible=True, bound=0.2)
