@@ -22,10 +22,11 @@ in `LearnerNoise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,24 +66,25 @@ class Gap:
     def of(cls, probes: Sequence[Probe], scores: Sequence[TokenScores]) -> Gap:
         """From probes and the engine's scores of the same sequences, in the same order."""
         lengths = np.array([len(probe.learner_logps) for probe in probes], dtype=np.int64)
-        engine_logps = np.concatenate([np.empty(0), *(score.logps for score in scores)]).astype(np.float64)
+        engine_logps = _joined((score.logps for score in scores), np.float64)
         finite = np.isfinite(engine_logps)
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        agrees = [probe.learner_greedy == score.greedy_tokens for probe, score in zip(probes, scores, strict=True)]
+        replayed = np.repeat(np.arange(len(lengths)), lengths)
+        sequence = replayed[finite]
+        agrees = _joined((probe.learner_greedy for probe in probes), np.int64) == _joined((s.greedy_tokens for s in scores), np.int64)
         details = [probe.details for probe in probes if probe.details is not None]
         has_details = bool(details) and len(details) == len(probes)
-        tokens = [np.array(probe.sequence.tokens[probe.sequence.prompt_len :], np.int32) for probe in probes]
+        tokens = chain.from_iterable(probe.sequence.tokens[probe.sequence.prompt_len :] for probe in probes)
         return cls(
-            learner_logps=np.concatenate([np.empty(0), *(probe.learner_logps for probe in probes)]).astype(np.float64)[finite],
+            learner_logps=_joined((probe.learner_logps for probe in probes), np.float64)[finite],
             engine_logps=engine_logps[finite],
-            greedy_agrees=np.concatenate([np.empty(0, bool), *agrees])[finite],
-            token_ids=np.concatenate([np.empty(0, np.int32), *tokens])[finite],
-            sequence=np.unique(sequence[finite], return_inverse=True)[1],
-            position=np.concatenate([np.empty(0, int), *(np.arange(length) for length in lengths)])[finite],
-            nonfinite=np.bincount(sequence[~finite], minlength=len(lengths)),
+            greedy_agrees=agrees[finite],
+            token_ids=np.fromiter(tokens, np.int32, len(replayed))[finite],
+            sequence=np.cumsum(np.diff(sequence, prepend=sequence[:1]) > 0),
+            position=(np.arange(len(replayed)) - np.repeat(np.cumsum(lengths) - lengths, lengths))[finite],
+            nonfinite=np.bincount(replayed[~finite], minlength=len(lengths)),
             scored=lengths,
-            fp32_logps=np.concatenate([said.logps_fp32 for said in details]).astype(np.float64)[finite] if has_details else None,
-            entropy=np.concatenate([said.entropy for said in details]).astype(np.float64)[finite] if has_details else None,
+            fp32_logps=_joined((said.logps_fp32 for said in details), np.float64)[finite] if has_details else None,
+            entropy=_joined((said.entropy for said in details), np.float64)[finite] if has_details else None,
         )
 
     @property
@@ -195,6 +197,10 @@ class LearnerNoise:
     abs_dp: Measure
     gap_to_fp32: Measure
     explained: Measure
+
+
+def _joined(parts: Iterable[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype)
 
 
 def _span(begin: int, end: int | None) -> str:
