@@ -23,10 +23,11 @@ Numbers = Sequence[float] | np.ndarray[Any, np.dtype[Any]]
 
 _SERIES = ("#2f6fde", "#d9822b", "#2a9d74", "#b8498f", "#7a63d6", "#8a8f98")
 _TEXT, _GRID = "#010203", "#040506"
-_INCHES = (5.0, 3.1)
+_INCHES = (4.4, 2.9)
+"""Small, so that text stays legible where a phone shrinks the chart to its width."""
 _STYLE = {
     "svg.fonttype": "none",
-    "font.size": 9.0,
+    "font.size": 9.5,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
     "axes.spines.top": False,
@@ -149,7 +150,8 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
     """Logarithmic y axis with plain numbers; stays linear where nothing is positive."""
     if any(value > 0 for value in values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=7))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=7))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -58,6 +58,7 @@ def render_markdown(report: Report) -> str:
     parts = [
         f"## verify-deploy {target}: {report.verdict}",
         _escaped(SENTENCES[report.verdict]),
+        *([] if report.blame is None else [f"**Most likely cause:** {_escaped(report.blame.sentence)}"]),
         *(f"- {_escaped(gate_title(gate))}, {gate.verdict}: {_escaped(gate.detail)}" for gate in open_gates),
         _table(("gate", "measured", "95 % from", "to", "warn beyond", "fail beyond", "verdict"), gates),
         _table(("figure", "here", "held against"), [tuple(map(_escaped, fact)) for fact in headline_facts(report)]),
@@ -76,6 +77,7 @@ def _identity(report: Report) -> dict[str, str]:
         "artifact_sha256": report.artifact_sha256,
         "engine": report.engine_name,
         "versions": ", ".join(f"{name} {version}" for name, version in report.engine_versions.items()),
+        **({} if report.blame is None else {"most_likely_cause": report.blame.sentence}),
         "machine": f"{machine.cpu}, {machine.num_cores} cores, {machine.memory_gib:g} GiB, GPUs: {', '.join(machine.gpus) or 'none'}",
     }
 

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.errors import UsageError
-from deploy_targets.gates import FORMAT
-from deploy_targets.report import GATE_TITLES, MEASURE_TITLES, number
+from deploy_targets.gates import FORMAT, VERDICTS
+from deploy_targets.report import GATE_TITLES, MEASURE_TITLES, NOTHING, number
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Json = Mapping[str, Any]
 COSTS = {
-    "generate_tokens_per_s": "Generation (tokens/s)",
-    "first_token_s": "First token (s)",
-    "peak_memory_bytes": "Peak memory (bytes)",
-    "weights_bytes": "Weights (bytes)",
+    "generate_tokens_per_s": ("Generation (tokens/s)", 1.0),
+    "first_token_s": ("First token (ms)", 1000.0),
+    "peak_memory_bytes": ("Peak memory (MiB)", 2.0**-20),
+    "weights_bytes": ("Weights (MiB)", 2.0**-20),
 }
+"""Key of the report -> title, and what to multiply by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,15 @@ def compare(a: Json, b: Json) -> tuple[Section, ...]:
     """
     try:
         return (
-            Section("Measured", tuple(Row(what, _words(a, what), _words(b, what)) for what in _WORDS)),
+            Section("Measured", (*(Row(what, _words(a, what), _words(b, what)) for what in _WORDS), *_version_rows(a, b))),
             Section("Gates", tuple(_gate_rows(a, b))),
             Section("Measures", tuple(_row(title, a["measures"][name], b["measures"][name]) for name, title in MEASURE_TITLES.items())),
-            Section("Costs", tuple(_row(title, {"value": a["cost"][name]}, {"value": b["cost"][name]}) for name, title in COSTS.items())),
+            Section(
+                "Costs",
+                tuple(
+                    _row(title, *({"value": _times(side["cost"][key], scale)} for side in (a, b))) for key, (title, scale) in COSTS.items()
+                ),
+            ),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"a report lacks {error}: it was changed by hand. Write it anew by verify-deploy --json") from None
@@ -85,39 +91,54 @@ def print_comparison(sections: tuple[Section, ...], console: Console) -> None:
         console.print(table)
 
 
-def write_comparison(sections: tuple[Section, ...], path: Path) -> None:
-    """The sections as one self-contained HTML page."""
+def write_comparison(a: Json, b: Json, path: Path) -> None:
+    """Both reports as one self-contained HTML page. Raises as `compare`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("deploy_targets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    path.write_text(environment.get_template("comparison.html.jinja").render(sections=sections, remark=remark, signed=signed), "utf-8")
+    template = environment.get_template("comparison.html.jinja")
+    page = template.render(a=a, b=b, sections=compare(a, b), verdicts=VERDICTS, remark=remark, signed=signed)
+    path.write_text(page, "utf-8")
 
 
 def signed(difference: float | None) -> str:
     """A difference for people, empty where there is none."""
-    return "" if difference is None else f"{difference:+.3g}"
+    return "" if difference is None else f"{difference:+,.0f}" if abs(difference) >= 1000 else f"{difference:+.3g}"
 
 
 def remark(row: Row) -> str:
     """What can be said of the difference."""
     if row.apart is None:
         return "differs" if row.difference is None and row.a != row.b else ""
-    return "intervals apart" if row.apart else "within the intervals"
+    return "intervals apart" if row.apart else "intervals overlap"
 
 
-_WORDS = ("verdict", "target", "model", "weight version", "artifact sha256", "engine", "hardware", "created")
+_WORDS = ("verdict", "most likely cause", "target", "model", "weight version", "artifact sha256", "engine", "hardware", "created")
 
 
 def _words(report: Json, what: str) -> str:
     engine, hardware = report["engine"], report["hardware"]
     if what == "engine":
-        return ", ".join([engine["name"], *(f"{name} {version}" for name, version in engine["versions"].items())])
+        return str(engine["name"] if engine["server"] is None else f"{engine['name']} at {engine['server']['url']}")
+    if what == "most likely cause":
+        return NOTHING if report["blame"] is None else str(report["blame"]["sentence"])
     if what == "hardware":
         gpus = ", ".join(hardware["gpus"]) or "no GPU"
         return f"{hardware['cpu']}, {hardware['num_cores']} cores, {hardware['memory_gib']:g} GiB, {gpus}"
     return str(engine["weight_version"] if what == "weight version" else report[what.replace(" ", "_")])
+
+
+def _version_rows(a: Json, b: Json) -> list[Row]:
+    """Packages whose versions differ."""
+    sides = [report["engine"]["versions"] for report in (a, b)]
+    names = sorted(sides[0].keys() | sides[1].keys())
+    return [Row(name, *found) for name in names if len(set(found := [side.get(name, NOTHING) for side in sides])) > 1]
+
+
+def _times(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale
 
 
 def _gate_rows(a: Json, b: Json) -> list[Row]:

@@ -224,10 +224,10 @@ class Outputs:
 def run_comparison(console: Console, a: Path, b: Path, html_file: Path | None) -> None:
     """`compare`: two reports side by side."""
     check_output(html_file, "--html")
-    sections = compare(read_report(a), read_report(b))
-    print_comparison(sections, console)
+    reports = read_report(a), read_report(b)
+    print_comparison(compare(*reports), console)
     if html_file is not None:
-        write_comparison(sections, html_file)
+        write_comparison(*reports, html_file)
 
 
 def run_verify(

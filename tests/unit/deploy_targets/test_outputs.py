@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -126,10 +127,28 @@ def test_two_side_by_side(reports: dict[str, Report], tmp_path: Path) -> None:
     buffer = io.StringIO()
     print_comparison(compare(good, bad), Console(file=buffer, width=160))
     assert "intervals apart" in buffer.getvalue()
-    write_comparison(compare(good, bad), tmp_path / "both.html")
+    write_comparison(good, bad, tmp_path / "both.html")
     page = (tmp_path / "both.html").read_text("utf-8")
-    assert page.count("<table>") == 4
+    assert page.count("<table") == 4
     assert "intervals apart" in page
+    assert ">A: pass<" in page
+    assert ">B: fail<" in page
+
+
+def test_side_by_side_only_versions_that_differ_and_the_server_that_was_asked(reports: dict[str, Report]) -> None:
+    a = reports["pass"].to_json()
+    b = copy.deepcopy(a)
+    b["engine"]["versions"] |= {"numpy": "0.1", "other": "2"}
+    b["engine"]["server"] = {"url": "http://box:1"}
+    b["blame"] = {"sentence": "it is the cache"}
+    b["cost"]["weights_bytes"] = 3 << 20
+    a["cost"]["weights_bytes"] = 1 << 20
+    rows = {row.title: row for section in compare(a, b) for row in section.rows}
+    assert (rows["numpy"].b, rows["other"].a, rows["other"].b) == ("0.1", "\N{EN DASH}", "2")
+    assert "safetensors" not in rows
+    assert rows["engine"].b == f"{rows['engine'].a} at http://box:1"
+    assert rows["most likely cause"].b == "it is the cache"
+    assert (rows["Weights (MiB)"].a, rows["Weights (MiB)"].difference) == ("1", 2.0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "verify-report-9"}', "\x00", "[" * 100_000])
