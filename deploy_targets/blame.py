@@ -103,10 +103,12 @@ def with_blame(report: Report, probes: ProbeSet, open_engine: OpenEngine | None)
     """
     if report.verdict == "pass":
         return report
-    suspects = [*_settings(report), *_tensors(report), *_activations(report)]
+    suspects = [*_settings(report), *_tensors(report), *_whole_files(report), *_activations(report)]
     if open_engine is not None and not any(s.holds for s in suspects if s.kind in ("setting", "tensor")) and _gap_is_off(report):
         suspects += _options(report, probes, open_engine)
     suspects += [*_checks(report), *_parts(report), *_kinds(report), *_layers(report)]
+    if not any(suspect.holds for suspect in suspects):
+        suspects += _scheme(report)
     return replace(report, blame=Blame(next((suspect for suspect in suspects if suspect.holds), None), tuple(suspects)))
 
 
@@ -117,9 +119,17 @@ def _gap_is_off(report: Report) -> bool:
 def _settings(report: Report) -> Iterator[Suspect]:
     found = report.inspection
     for difference in found.settings:
-        yield Suspect("setting", difference.title, True, None, difference.detail)
+        if not difference.is_whole_file:
+            yield Suspect("setting", difference.title, True, None, difference.detail)
     if found.num_settings and not found.settings:
         yield Suspect("setting", "settings", False, None, f"all {found.num_settings} are as exported")
+
+
+def _whole_files(report: Report) -> Iterator[Suspect]:
+    """A graph or header that differs: named where no value in it and no tensor is."""
+    for difference in report.inspection.settings:
+        if difference.is_whole_file:
+            yield Suspect("setting", difference.title, True, None, difference.detail)
 
 
 def _tensors(report: Report) -> Iterator[Suspect]:
@@ -237,7 +247,7 @@ def _kinds(report: Report) -> Iterator[Suspect]:
 
 
 def _layers(report: Report) -> Iterator[Suspect]:
-    """The tensor that lies furthest from the learner's, for its kind (`self_attn.q_proj.weight`); else the scheme."""
+    """The tensor that lies furthest from the learner's, for its kind (`self_attn.q_proj.weight`)."""
     kinds: dict[str, list[float]] = defaultdict(list)
     compared = [(layer, layer.error) for layer in report.inspection.layers if layer.error is not None]
     for layer, error in compared:
@@ -248,7 +258,11 @@ def _layers(report: Report) -> Iterator[Suspect]:
     ratio, layer, error = max(ratios, key=lambda item: item[0], default=(0.0, compared[0][0], 0.0))
     detail = f"its weights lie {error:.1%} from the learner's, {ratio:.1f} times the median of its kind"
     yield Suspect("layer", layer.name, ratio >= _LAYER_FACTOR and len(kinds[_kind_of(layer)]) > 2, None, detail)
-    scheme, errors = report.manifest.scheme, [error for _, error in compared if error > 0]
+
+
+def _scheme(report: Report) -> Iterator[Suspect]:
+    """What is left to blame where nothing else stands out."""
+    scheme, errors = report.manifest.scheme, [layer.error for layer in report.inspection.layers if layer.error]
     if errors:
         detail = f"{len(errors)} tensors lie {float(np.mean(errors)):.1%} from the learner's in the mean, and nothing else stands out"
         yield Suspect("layer", f"the scheme {scheme} itself", _gap_is_off(report), None, detail)

@@ -236,7 +236,7 @@ def _gguf_settings(path: Path) -> Settings:
     begin = min((offset for _, _, offset, _ in header.tensors.values()), default=0)
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read(begin)).hexdigest()
-    scalars = {f"{GGUF_FILE}: {key}": _short(value) for key, value in header.metadata.items() if value is not None}
+    scalars = {f"{GGUF_FILE}: {key}": _short(value) for key, value in header.metadata.items()}
     return {**scalars, f"{GGUF_FILE}: header": digest}
 
 

@@ -5,6 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, li
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ _MOST_ENTRIES = 1 << 16
 _LONGEST_NAME = 63
 _MOST_DIMENSIONS = 4
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool
 Entry = tuple[str, tuple[int, ...], int, int]
 
 
@@ -40,7 +41,8 @@ Entry = tuple[str, tuple[int, ...], int, int]
 class GgufHeader:
     """What a GGUF file says about itself.
 
-    `metadata`: key -> value; None for an array. `tensors`: name -> (ggml type's name, shape, offset in the file, bytes),
+    `metadata`: key -> value; of an array, as the tokenizer's are, the sha256 of its items. `tensors`: name ->
+    (ggml type's name, shape, offset in the file, bytes),
     the shape in the order of torch: rows first, inputs last.
     """
 
@@ -139,12 +141,14 @@ class _Reader:
         if type_id != _ARRAY:
             return self.scalar(type_id)
         item_type, count = int(self.number("I")), int(self.number("Q"))
+        digest = hashlib.sha256()
         if item_type == _STRING:
             for _ in range(min(count, self.size)):  # the end of the file comes before a count that is too large
-                self.take(int(self.number("Q")))
+                text = self.take(int(self.number("Q")))
+                digest.update(len(text).to_bytes(8, "little") + text)
         else:
-            self.take(count * struct.calcsize("<" + self.format_of(item_type)))
-        return None
+            digest.update(self.take(count * struct.calcsize("<" + self.format_of(item_type))))
+        return f"sha256 {digest.hexdigest()}"
 
     def scalar(self, type_id: int) -> Value:
         return self.number(self.format_of(type_id))

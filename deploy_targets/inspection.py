@@ -26,9 +26,11 @@ SAME = 1e-6
 """A tensor further than this share of its norm from the exported one was changed: rounding of float32 sums is a tenth of it."""
 _ABSENT = "absent"
 _MOST_NAMED = 3
+_HEADS = ("lm_head.weight", "output.weight")
 _TITLES = {
     "rope_theta": "rope theta", "freq_base": "rope theta", "eos_token_id": "EOS id", "stop_token_ids": "EOS id", "eos_token": "EOS token",
-    "chat_template": "chat template", "vocabulary": "tokenizer vocabulary", "group_size": "group size", "block_size": "group size",
+    "chat_template": "chat template", "vocabulary": "tokenizer vocabulary",
+    "tokens": "tokenizer vocabulary", "group_size": "group size", "block_size": "group size",
     "tie_word_embeddings": "tied embeddings", "ignore": "ignored modules", "kv_cache_dtype": "KV cache dtype",
     "max_model_len": "length limit", "max_position_embeddings": "length limit", "context_length": "length limit",
 }  # fmt: skip
@@ -48,6 +50,11 @@ class SettingDifference:
         """What the setting is called, e.g. `rope theta`."""
         key = self.name.partition(": ")[2]
         return _TITLES.get(key.rpartition(".")[2], key)
+
+    @property
+    def is_whole_file(self) -> bool:
+        """Whether it is only the hash of a graph or header: something in it differs, and this does not say what."""
+        return self.name.rpartition(": ")[2] in ("graph", "header")
 
     def __str__(self) -> str:
         """One line."""
@@ -161,11 +168,17 @@ def _layers(folder: Path, manifest: Manifest, fingerprint: Fingerprint) -> Itera
             yield Layer(name, tensor.shape, tensor.storage, None, mark.error, None, 0, problem)
         else:
             yield _compared(name, tensor, mark)
+    untied = bool(fingerprint.model_config.get("tie_word_embeddings"))
     for name in stored.unknown:
-        yield Layer(name, (), "?", None, None, None, 0, "is in the file and was not exported")
+        yield Layer(name, (), "?", None, None, None, 0, _new(name in _HEADS and untied))
     for name in stored.tensors.keys() - fingerprint.tensors.keys():
         tensor = stored.tensors[name]
-        yield Layer(name, tensor.shape, tensor.storage, None, None, None, 0, "is in the file and was not exported")
+        yield Layer(name, tensor.shape, tensor.storage, None, None, None, 0, _new(name in _HEADS and untied))
+
+
+def _new(is_untied_head: bool) -> str:
+    head = ": an output head of its own, where embeddings were tied" if is_untied_head else ""
+    return f"is in the file and was not exported{head}"
 
 
 def _compared(name: str, tensor: StoredTensor, mark: TensorMark) -> Layer:

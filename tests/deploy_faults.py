@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,26 @@ def flip_byte(folder: Path) -> None:
     path.write_bytes(data)
 
 
+def edit_gguf(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """`edit` name -> (bytes of each row, ggml type) of the GGUF file, and write it anew with the metadata it had."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(folder / GGUF_FILE)
+    tensors = {tensor.name: (np.array(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
+    edit(tensors)
+    writer = GGUFWriter(folder / "new.gguf", reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    for name, (data, ggml_type) in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=ggml_type)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    del reader
+    (folder / "new.gguf").replace(folder / GGUF_FILE)
+
+
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """`edit` the tensors of the weights file, whose places in the file stay what they are where names and shapes do."""
     path = folder / WEIGHTS_FILE
@@ -111,10 +131,26 @@ def swap_scales(folder: Path) -> None:
 
 
 def drop_bias(folder: Path) -> None:
-    def edit(tensors: dict[str, Any]) -> None:
-        tensors[next(name for name in sorted(tensors) if name.endswith("bias") and ".1." in name)].zero_()
+    """One bias of layer 1 becomes zero."""
 
-    edit_tensors(folder, edit)
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors[bias_of(tensors)].zero_()
+
+    if (folder / GGUF_FILE).is_file():
+        _, _, offset, length = (tensors := read_gguf(folder / GGUF_FILE).tensors)[bias_of(tensors)]
+        data = (folder / GGUF_FILE).read_bytes()
+        (folder / GGUF_FILE).write_bytes(data[:offset] + bytes(length) + data[offset + length :])
+    else:
+        edit_tensors(folder, edit)
+
+
+def remove_bias(folder: Path) -> None:
+    """One bias of layer 1 is not in the file."""
+    edit_tensors(folder, lambda tensors: tensors.pop(bias_of(tensors)))
+
+
+def bias_of(tensors: Mapping[str, Any]) -> str:
+    return next(name for name in sorted(tensors) if name.endswith("bias") and ".1." in name)
 
 
 def nan_in_expert(folder: Path) -> None:
@@ -132,6 +168,12 @@ def add_zero_kv_scale(folder: Path) -> None:
 
 def untie(folder: Path) -> None:
     """An output head of its own, the embedding of the other end."""
+    if (folder / GGUF_FILE).is_file():
+        edit_gguf(
+            folder,
+            lambda tensors: tensors.update({"output.weight": (tensors["token_embd.weight"][0][::-1], *tensors["token_embd.weight"][1:])}),
+        )
+        return
 
     def edit(tensors: dict[str, Any]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
@@ -155,15 +197,30 @@ def older_weights(folder: Path, profile: TargetProfile, model_dir: Path) -> None
 
 
 def quantize_head(folder: Path, profile: TargetProfile, model_dir: Path) -> None:
+    """To 4 bits, where the scheme of `profile` leaves it alone, or gives it more."""
+    if (folder / GGUF_FILE).is_file():
+        edit_gguf(folder, quantize_gguf_head)
+        return
     scheme = profile.scheme.model_copy(update={"ignore": ()})
     quantizer = make_quantizer(profile.model_copy(update={"scheme": scheme}), model_dir)
     tensors = load_file(model_dir / WEIGHTS_FILE)
     write_version(folder / WEIGHTS_FILE, quantizer, tensors.items(), model_dir, 4 * len(tensors) + 16)
+    if (folder / "model.onnx").is_file():
+        quantizer.scaffold(model_dir, folder)
+        return
     manifest_config = json.loads((folder / "config.json").read_text())
     quantizer.scaffold(model_dir, folder)
     edit_json(
         folder / "config.json", lambda config: config["quantization_config"].update(ignore=manifest_config["quantization_config"]["ignore"])
     )
+
+
+def quantize_gguf_head(tensors: dict[str, Any]) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    data, ggml_type = tensors["output.weight"]
+    assert ggml_type != GGMLQuantizationType.Q4_0
+    tensors["output.weight"] = quants.quantize(quants.dequantize(data, ggml_type), GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0
 
 
 # Settings.
@@ -199,6 +256,13 @@ def wrong_group_size(folder: Path) -> None:
         )
 
 
+def edit_header(folder: Path, key: bytes, value: bytes) -> None:
+    """Another number under `key` of a GGUF file's metadata, of four bytes behind the four of its type."""
+    data = (folder / GGUF_FILE).read_bytes()
+    place = data.index(key) + len(key) + 4
+    (folder / GGUF_FILE).write_bytes(data[:place] + value + data[place + len(value) :])
+
+
 def other_rope_theta(folder: Path) -> None:
     def in_graph(graph: Any) -> None:
         import onnx
@@ -213,14 +277,14 @@ def other_rope_theta(folder: Path) -> None:
     if (folder / "model.onnx").is_file():
         edit_graph(folder, in_graph)
     elif (folder / GGUF_FILE).is_file():
-        data = (folder / GGUF_FILE).read_bytes()
-        place = data.index(b"rope.freq_base") + len("rope.freq_base") + 4
-        (folder / GGUF_FILE).write_bytes(data[:place] + struct.pack("<f", 500000.0) + data[place + 4 :])
+        edit_header(folder, b"rope.freq_base", struct.pack("<f", 500000.0))
     else:
         edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=500000.0))
 
 
 def other_eos(folder: Path) -> None:
+    if (folder / GGUF_FILE).is_file():
+        edit_header(folder, b"tokenizer.ggml.eos_token_id", struct.pack("<I", 5))
     for name in ("genai_config.json", "generation_config.json", "config.json"):
         if (folder / name).is_file():
             edit_json(folder / name, lambda config: config.get("model", config).update(eos_token_id=5))
@@ -236,7 +300,20 @@ def swap_token_ids(folder: Path) -> None:
         one, other = sorted(vocab, key=vocab.__getitem__)[10:12]
         vocab[one], vocab[other] = vocab[other], vocab[one]
 
-    edit_json(folder / "tokenizer.json", edit)
+    if (folder / GGUF_FILE).is_file():
+        swap_gguf_tokens(folder)
+    else:
+        edit_json(folder / "tokenizer.json", edit)
+
+
+def swap_gguf_tokens(folder: Path) -> None:
+    """Two neighbours of one character in the header of a GGUF file, which holds the vocabulary that llama.cpp uses."""
+    data = bytearray((folder / GGUF_FILE).read_bytes())
+    place = data.index(b"tokenizer.ggml.tokens")
+    one = next(i for i in range(place + 33, len(data)) if data[i : i + 8] == data[i + 9 : i + 17] == struct.pack("<Q", 1))
+    assert data[one + 8] != data[one + 17]
+    data[one + 8], data[one + 17] = data[one + 17], data[one + 8]
+    (folder / GGUF_FILE).write_bytes(data)
 
 
 def shorter(profile: TargetProfile) -> TargetProfile:
