@@ -87,11 +87,9 @@ def table(lines: Iterable[Line]) -> list[str]:
             survived[fault] = survived.get(fault, 0) + line["survived"]
             tests.setdefault(fault, set()).add(line["test"].partition("[")[0].replace("::", "`, `"))
         elif "command" in line:
-            machine, versions = line["machine"], line["versions"]
+            cpu, num_cores, versions = line["machine"]["cpu"], line["machine"]["num_cores"], line["versions"]
             shown = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
-            runs.append(
-                f"- {line['date']}, commit {line['commit'][:7]}: `{line['command']}`. {machine['cpu']}, {machine['num_cores']} cores; {shown}"
-            )
+            runs.append(f"- {line['date']}, commit {line['commit'][:7]}: `{line['command']}`. {cpu}, {num_cores} cores; {shown}")
     rows = [
         f"| {fault} | {tried[fault]:,} | {survived[fault]:,} | {', '.join(f'`{test}`' for test in sorted(tests[fault]))} |"
         for fault in sorted(tried)

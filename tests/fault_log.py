@@ -18,9 +18,13 @@ _FAULT, _SURVIVED = "fault", "survived"
 
 
 @pytest.fixture
-def survived(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Notes one fault that was survived, of a test that causes many."""
-    return lambda: request.node.user_properties.append((_SURVIVED, 1))
+def survived(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes one fault that was survived, or so many, of a test that causes several."""
+
+    def note(num: int = 1) -> None:
+        request.node.user_properties.append((_SURVIVED, num))
+
+    return note
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,8 +42,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     is_over = report.when == "call" or report.failed
     if is_over:
-        noted = sum(1 for name, _ in properties if name == _SURVIVED)
+        noted = sum(value for name, value in properties if name == _SURVIVED)
         num_survived = noted or int(report.passed)
-        line = {"fault": fault, "tried": num_survived + int(report.failed), "survived": num_survived, "test": report.nodeid}
+        line = {"fault": fault, "tried": num_survived + int(report.failed), "survived": num_survived, "test": report.nodeid[:200]}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
