@@ -219,7 +219,8 @@ def _length_problems(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
 def _value_problems(arrays: Mapping[str, NDArray[Any]], vocab_size: int | None) -> list[str]:
     problems = []
     for name in _LOGPS:
-        logps = arrays.get(name, np.empty(0)).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is one more value that is not finite
+            logps = arrays.get(name, np.empty(0)).astype(np.float64)
         if not np.isfinite(logps).all() or (logps > _LARGEST_LOGP).any():
             problems.append(f"{name} holds values that are no log-probs (non-finite or positive)")
     entropy = arrays.get("learner_entropy", np.empty(0))

@@ -80,7 +80,7 @@ def assemble(
         state = None
     version, calibration = (0, ()) if state is None else (state.weight_version, state.calibration)
     served = returning_routes(profile) if config.algorithm.routing_replay else profile
-    starter = engine_starter(config, served, view.warn)
+    starter = engine_starter(config, served, int(learner.policy.lm.config.get_text_config().vocab_size), view.warn)
     publisher = Publisher(learner, quantizer, served, model_dir, serving, version, calibration, starter)
     stack.callback(publisher.close)
     if state is not None:

@@ -7,21 +7,25 @@ from functools import partial
 from pathlib import Path
 
 from deploy_targets.catalog import open_engine
+from deploy_targets.engines.checked import CheckedEngine
 from deploy_targets.engines.pool import Place, PoolEngine, PoolRules
 from deploy_targets.errors import UsageError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine
 from hetero_rl.config import EngineEntry, RunConfig
 
+StartEngine = Callable[[Path, int], Engine]
+"""(folder in the engine's native format, weight_version) -> a running engine."""
 
-def engine_starter(config: RunConfig, profile: TargetProfile, say: Callable[[str], None]) -> Callable[[Path, int], Engine]:
-    """What starts the engine on (folder in its native format, weight_version); `say` is told who of a pool is out or back.
+
+def engine_starter(config: RunConfig, profile: TargetProfile, vocab_size: int, say: Callable[[str], None]) -> StartEngine:
+    """What starts the engine; `say` is told who of a pool is out or back. Answers are checked, up to the `vocab_size` of the learner.
 
     Raises `UsageError` for a token file that cannot be read.
     """
     if not config.engines:
-        return partial(open_engine, profile)
-    pool, places = config.pool, list(_places(config, profile))
+        return _checked(partial(open_engine, profile), vocab_size)
+    pool, places = config.pool, [Place(name, _checked(start, vocab_size)) for name, start in _places(config, profile)]
     rules = PoolRules(pool.min_engines, pool.requests_per_engine, pool.restart_after_s)
     return lambda folder, weight_version: PoolEngine(places, folder, weight_version, rules=rules, say=say)
 
@@ -33,20 +37,24 @@ def pool_row(engine: Engine) -> dict[str, float]:
     return {"engines/serving": engine.num_serving, "engines/resent": engine.num_resent, "engines/restarts": engine.num_restarts}
 
 
-def _places(config: RunConfig, profile: TargetProfile) -> Iterator[Place]:
+def _checked(start: StartEngine, vocab_size: int) -> StartEngine:
+    return lambda folder, weight_version: CheckedEngine(start(folder, weight_version), weight_version, vocab_size)
+
+
+def _places(config: RunConfig, profile: TargetProfile) -> Iterator[tuple[str, StartEngine]]:
     # A process of its own can be killed and can hang without the others.
     here = profile.model_copy(update={"engine": profile.engine.model_copy(update={"process": "own"})})
     num_here = 0
     for entry in config.engines:
         if entry.url is not None:
-            yield Place(entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s))
+            yield entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s)
             continue
         for _ in range(entry.count):
             num_here += 1
-            yield Place(f"local {num_here}", partial(open_engine, here, call_timeout_s=config.pool.deadline_s))
+            yield f"local {num_here}", partial(open_engine, here, call_timeout_s=config.pool.deadline_s)
 
 
-def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> Callable[[Path, int], Engine]:
+def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> StartEngine:
     assert entry.token_file is not None
     try:
         token = entry.token_file.read_text("utf-8").strip()

@@ -11,11 +11,21 @@ import pytest
 # As the command line sets them, before torch is imported: no hub, and threads that wait without burning a core.
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
 
+from tests.fault_log import pytest_collection_modifyitems, pytest_runtest_logreport, survived
 from tests.models import Family, tiny_model
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
 # Hooks that pytest finds here by their names.
-__all__ = ["TinyModels", "pytest_addoption", "pytest_make_collect_report", "pytest_runtest_makereport", "tiny_models"]
+__all__ = [
+    "TinyModels",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_make_collect_report",
+    "pytest_runtest_logreport",
+    "pytest_runtest_makereport",
+    "survived",
+    "tiny_models",
+]
 
 TinyModels = Callable[..., Path]
 

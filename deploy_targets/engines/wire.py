@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy_targets import errors
-from deploy_targets.errors import DeployTargetsError, ListedError
+from deploy_targets.errors import DeployTargetsError, EngineError, ListedError
 from deploy_targets.protocols import Engine
 from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence
 
@@ -66,11 +66,21 @@ def _encode(array: NDArray[Any]) -> str:
 
 def _decode(text: str, dtype: str, lengths: Sequence[int]) -> list[NDArray[Any]]:
     flat = np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
+    if sum(lengths) != len(flat):
+        raise ValueError(f"{len(flat)} values for lengths that sum to {sum(lengths)}")
     return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
 
 
+def _check_lengths(pairs: Sequence[tuple[int, int]], what: str) -> None:
+    """Both travel as one array each, with one list of lengths: what does not fit would shift all that follows."""
+    for index, (first, second) in enumerate(pairs):
+        if first != second:
+            raise EngineError(f"answer {index} of the engine has {first} and {second} {what}")
+
+
 def pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
-    """Answers of `Engine.generate`, in order."""
+    """Answers of `Engine.generate`, in order. Raises `EngineError` for one whose tokens and log-probs differ in number."""
+    _check_lengths([(len(generation.tokens), len(generation.logps)) for generation in generations], "tokens and log-probs")
     return {
         "lengths": [len(generation.tokens) for generation in generations],
         "tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
@@ -110,7 +120,8 @@ def unpack_generations(packed: Mapping[str, Any], prompts: Sequence[Sequence[int
 
 
 def pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
-    """Answers of `Engine.score`, in order."""
+    """Answers of `Engine.score`, in order. Raises `EngineError` for one whose log-probs and greedy tokens differ in number."""
+    _check_lengths([(len(score.logps), len(score.greedy_tokens)) for score in scores], "log-probs and greedy tokens")
     return {
         "lengths": [len(score.logps) for score in scores],
         "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(score.logps for score in scores)]).astype("<f4")),

@@ -39,6 +39,7 @@ def exact(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if METRICS[name].exact} for row in read_metrics(run)]
 
 
+@pytest.mark.fault("of three engines one killed, one stopped")
 def test_engines_that_are_killed_or_hang_cost_nothing(undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
     (tmp_path / "pool.toml").write_text(POOL + "deadline_s = 8\n")
     process = start(tmp_path)
@@ -58,6 +59,7 @@ def test_engines_that_are_killed_or_hang_cost_nothing(undisturbed: list[dict[str
     assert read_metrics(tmp_path / "run")[-1]["engines/restarts"] >= 1
 
 
+@pytest.mark.fault("of two agents one killed, one cut off amid its work")
 def test_agents_elsewhere_may_die_or_be_cut_off(undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
     """Two machines and this one: the first is switched off, the network to the second breaks; three places draw what three places draw."""
     ports = free_port(), free_port()
@@ -82,6 +84,21 @@ def test_agents_elsewhere_may_die_or_be_cut_off(undisturbed: list[dict[str, floa
     assert (last["step"], last["engines/serving"]) == (NUM_STEPS, 1)
     for port in (ports[0], wire.port):
         assert f"engine http://127.0.0.1:{port} is out" in out
+
+
+@pytest.mark.fault("resume with another number of engines")
+def test_a_resume_may_have_another_number_of_engines(tmp_path: Path) -> None:
+    for count in (2, 1):
+        (tmp_path / f"{count}.toml").write_text(f"[[engines]]\ncount = {count}\n")
+    settings = with_settings("loop.num_steps=2", "checkpoint.every_steps=1")
+    begun = hetero_rl(*TRAIN, *settings, "--config", "2.toml", "--run-dir", "run", cwd=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    rows = exact(tmp_path / "run")
+    more = with_settings("loop.num_steps=3")
+    resumed = hetero_rl("train", "--resume", "--run-dir", "run", "--config", "1.toml", *more, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert exact(tmp_path / "run")[:2] == rows[:2]
+    assert [row["engines/serving"] for row in read_metrics(tmp_path / "run")[1:]] == [2, 2, 1]
 
 
 class Wire:

@@ -94,6 +94,7 @@ def test_the_deepspeed_launcher_and_a_resume(tmp_path: Path) -> None:
     assert again[-1]["constraint/engine_gap"] == two[-1]["constraint/engine_gap"]
 
 
+@pytest.mark.fault("SIGKILL of one rank of two")
 def test_a_rank_that_is_killed_ends_the_run_and_a_resume_goes_on(tmp_path: Path) -> None:
     command = [*TORCHRUN, "2", "-m", "hetero_rl", "train"]
     settings = with_settings(*SHORT_RUN, "loop.num_steps=400", "checkpoint.every_steps=2")

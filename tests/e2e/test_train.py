@@ -174,6 +174,7 @@ def killed(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.fault("SIGKILL of the trainer, and a damaged newest checkpoint")
 def test_resume_equals_uninterrupted(run: Path, killed: Path) -> None:
     assert not (killed / "artifact").exists()
     result = hetero_rl("train", "--resume", "--run-dir", killed, cwd=killed.parent)
@@ -183,11 +184,13 @@ def test_resume_equals_uninterrupted(run: Path, killed: Path) -> None:
     assert sha256_of(killed / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
 
 
+@pytest.mark.fault("resume with a changed setting that matters")
 def test_resume_refuses_another_recipe(run: Path, tmp_path: Path) -> None:
     result = hetero_rl("train", "--resume", "--run-dir", run, "--set", "learner.lr=1.0", cwd=tmp_path)
     fails(result, 2, "learner.lr", "0.0001 -> 1.0")
 
 
+@pytest.mark.fault("SIGTERM or SIGINT, and a second run on the folder meanwhile")
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint(signum: int, exit_code: int, tmp_path: Path) -> None:
     settings = with_settings("loop.num_steps=500", "checkpoint.every_steps=400")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from deploy_targets.profile import load_profile
 from deploy_targets.weights_file import sha256_of
-from hetero_rl.metrics import read_metrics
+from hetero_rl.metrics import METRICS, read_metrics
 from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
 from tests.vllm_server import vllm_server
 
@@ -49,6 +50,20 @@ def test_trained_and_exported(run: Path) -> None:
     assert all(row["engine/nonfinite_logprobs"] == 0 for row in rows[1:])
     assert all(row["publish/proof_gap"] < 0.02 for row in rows[1:])
     assert sha256_of(run / "serving" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("resume from an older checkpoint, `int4-vllm`")
+def test_resume_equals_uninterrupted(run: Path, tmp_path: Path) -> None:
+    """Bit for bit, as long as one CPU serves and learns."""
+    halfway = Path(shutil.copytree(run, tmp_path / "run"))
+    for gone in ("artifact", "serving", "checkpoints/step-000004"):
+        shutil.rmtree(halfway / gone)
+    result = hetero_rl("train", "--resume", "--run-dir", halfway, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, again = ([{name: row[name] for name in row if METRICS[name].exact} for row in read_metrics(path)] for path in (run, halfway))
+    assert first == again
+    assert sha256_of(halfway / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
 
 
 def test_verify_deploy(run: Path, tmp_path: Path) -> None:

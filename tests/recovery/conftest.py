@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +17,13 @@ import pytest
 from deploy_targets.artifact import check_artifact
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import METRICS, read_metrics
-from tests.command_line import SHORT_RUN, hetero_rl, with_settings
+from tests.command_line import SHORT_RUN, environment_of, hetero_rl, with_settings
 
 NUM_FAULTS = int(os.environ.get("HETERO_RL_TESTS_FAULTS", "1"))
 """Disturbances of each kind; scripts/test_faults.sh sets more."""
-LOG = os.environ.get("HETERO_RL_TESTS_FAULTS_LOG")
-"""JSON lines of what was tried and survived go here, for docs/reliability.md."""
 SETTINGS = with_settings(*SHORT_RUN, "checkpoint.every_steps=1")
+LONGEST_RUN_S = 600
+"""On a machine with much else to do."""
 
 
 class Undisturbed(NamedTuple):
@@ -32,15 +34,20 @@ class Undisturbed(NamedTuple):
     seconds: float
 
 
+def faults(kinds: Iterable[str], what: str) -> list[Any]:
+    """Parameters of a test, each a fault by the name `what`, for the log."""
+    return [pytest.param(kind, marks=pytest.mark.fault(what.format(kind))) for kind in kinds]
+
+
 def train(profile: str | Path = "int4-onnx") -> list[str]:
     """The command that is disturbed."""
     return ["train", "--target", str(profile), *SETTINGS, "--run-dir", "run"]
 
 
 def finished(run: Path, seconds: float = 0.0) -> Undisturbed:
-    """The outcome of a finished run, its artifact checked byte by byte."""
+    """The outcome of a finished run, its artifact checked byte by byte. How often an engine was started is no part of it."""
     check_artifact(run / "artifact")
-    rows = [{name: value for name, value in row.items() if METRICS[name].exact} for row in read_metrics(run)]
+    rows = [{name: value for name, value in row.items() if METRICS[name].exact and name != "publish/rebuilds"} for row in read_metrics(run)]
     return Undisturbed(rows, sha256_of(run / "artifact" / "model.safetensors"), seconds)
 
 
@@ -55,28 +62,39 @@ def no_half_artifact(run: Path) -> None:
         check_artifact(run / "artifact")
 
 
+def start(folder: Path, command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """The run in `folder`, begun by `command` or gone on with."""
+    if (folder / "run" / "config.json").is_file():
+        command = ["train", "--resume", "--run-dir", "run"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "hetero_rl", *command],
+        cwd=folder, env=environment_of(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def complete(folder: Path, expected: Undisturbed) -> None:
+    """Go on until the end, with nothing wrong any more, compare, and clear away."""
+    out, _ = start(folder, []).communicate(timeout=LONGEST_RUN_S)
+    assert (folder / "run" / "artifact").exists(), out
+    assert is_undisturbed(folder / "run", expected), out
+    shutil.rmtree(folder / "run")
+
+
+def undisturbed_run(folder: Path, *command: str | Path) -> Undisturbed:
+    """What `command` ends with."""
+    begin = time.monotonic()
+    result = hetero_rl(*command, cwd=folder, timeout_s=LONGEST_RUN_S)
+    assert result.returncode == 0, result.stderr
+    return finished(folder / "run", time.monotonic() - begin)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """On `int4-onnx`; an engine in a process of its own computes the same."""
-    folder, begin = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
-    result = hetero_rl(*train(), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return finished(folder / "run", time.monotonic() - begin)
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), *train())
 
 
 @pytest.fixture
 def instants(request: pytest.FixtureRequest) -> random.Random:
     """The same instants for the same test."""
     return random.Random(request.node.name)
-
-
-@pytest.fixture
-def survived(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Notes how many faults were tried and survived, once a test has seen them all."""
-
-    def note(fault: str, num_tried: int) -> None:
-        if LOG:
-            with open(LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"fault": fault, "tried": num_tried, "survived": num_tried, "test": request.node.nodeid}) + "\n")
-
-    return note

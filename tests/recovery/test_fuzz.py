@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE
-from deploy_targets.errors import DeployTargetsError
+from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, check_artifact
+from deploy_targets.bundle import unpack_bundle, write_bundle
+from deploy_targets.errors import ArtifactError, DeployTargetsError
 from deploy_targets.manifest import read_manifest
 from deploy_targets.probes import read_probes
 from deploy_targets.profile import parse_profile, profile_text, shipped_profiles
@@ -31,8 +34,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-PROFILES = sorted(shipped_profiles())
-pytestmark = pytest.mark.timeout(3600 if NUM_INPUTS > 10_000 else 120)
+PROFILES = {name: profile_text(name) for name in sorted(shipped_profiles())}
+pytestmark = pytest.mark.timeout(300 + NUM_INPUTS // 10)
+Survived = Callable[[int], None]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,31 @@ def artifact(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("fuzz") / "artifact"
     make_artifact(tiny_models("qwen3"), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What is in its archive, below the compression."""
+    path = tmp_path_factory.mktemp("packed") / "out.tar.zst"
+    write_bundle(artifact, path)
+    return zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+
+
+def fuzz(one: Callable[[st.DataObject], None], survived: Survived) -> None:
+    """Call `one` with as many draws as are asked for, and note how many it took."""
+    num = 0
+
+    @FUZZED
+    @given(draw=st.data())
+    def check(draw: st.DataObject) -> None:
+        nonlocal num
+        one(draw)
+        num += 1
+
+    try:
+        check()
+    finally:
+        survived(num)
 
 
 def survives(read: Callable[[], object], folder: Path) -> None:
@@ -58,11 +87,14 @@ def changed(draw: st.DataObject, data: bytes) -> bytes:
     return bytes(bytes_)
 
 
-@FUZZED
-@given(draw=st.data())
-def test_manifest(artifact: Path, tmp_path: Path, draw: st.DataObject) -> None:
-    """A manifest of any bytes; or one that is valid JSON with hashes that fit, and another value somewhere."""
+@pytest.mark.fault("manifest of changed bytes or values, hashes made to fit")
+def test_manifest(artifact: Path, tmp_path: Path, survived: Survived) -> None:
     original = (artifact / MANIFEST_FILE).read_bytes()
+    fuzz(lambda draw: read_a_manifest(original, tmp_path, draw), survived)
+
+
+def read_a_manifest(original: bytes, tmp_path: Path, draw: st.DataObject) -> None:
+    """One of any bytes; or one that is valid JSON with hashes that fit, and another value somewhere."""
     if draw.draw(st.booleans()):
         data = changed(draw, original)
     else:
@@ -85,10 +117,13 @@ def replaced(draw: st.DataObject, value: Any) -> Any:
     return draw.draw(JSON)
 
 
-@FUZZED
-@given(draw=st.data())
-def test_profile(tmp_path: Path, draw: st.DataObject) -> None:
-    text = profile_text(draw.draw(st.sampled_from(PROFILES)))
+@pytest.mark.fault("target profile of changed bytes or values")
+def test_profile(tmp_path: Path, survived: Survived) -> None:
+    fuzz(lambda draw: read_a_profile(tmp_path, draw), survived)
+
+
+def read_a_profile(tmp_path: Path, draw: st.DataObject) -> None:
+    text = PROFILES[draw.draw(st.sampled_from(list(PROFILES)))]
     lines = text.splitlines()
     if draw.draw(st.booleans()):
         place = draw.draw(st.integers(0, len(lines) - 1))
@@ -99,12 +134,52 @@ def test_profile(tmp_path: Path, draw: st.DataObject) -> None:
     survives(lambda: parse_profile(text, "fuzzed.toml"), tmp_path)
 
 
-@FUZZED
-@given(draw=st.data())
-def test_probes(artifact: Path, tmp_path: Path, draw: st.DataObject) -> None:
+@pytest.mark.fault("probes file of changed bytes")
+def test_probes(artifact: Path, tmp_path: Path, survived: Survived) -> None:
     original = (artifact / PROBES_FILE).read_bytes()
+    fuzz(lambda draw: read_some_probes(original, tmp_path, draw), survived)
+
+
+def read_some_probes(original: bytes, tmp_path: Path, draw: st.DataObject) -> None:
     header = 8 + int.from_bytes(original[:8], "little")
     # The header is where such a file can lie.
     data = changed(draw, original[:header]) + original[header:] if draw.draw(st.booleans()) else changed(draw, original)
     (tmp_path / PROBES_FILE).write_bytes(data)
     survives(lambda: read_probes(tmp_path / PROBES_FILE), tmp_path)
+
+
+@pytest.mark.fault("bundle whose archive has changed bytes or is cut off")
+def test_no_archive_escapes_or_stays(bundle: bytes, tmp_path: Path, survived: Survived) -> None:
+    fuzz(lambda draw: unpack_a_bundle(bundle, tmp_path, draw), survived)
+
+
+def unpack_a_bundle(archive: bytes, around: Path, draw: st.DataObject) -> None:
+    """Whatever is changed in the archive below the compression: the same artifact, or one error and nothing left."""
+    original = bytearray(archive)
+    # Headers are where an archive can lie: the first blocks, and the last ones.
+    places = st.integers(0, min(len(original), 1 << 12) - 1) | st.integers(len(original) - (1 << 15), len(original) - 1)
+    for place, value in draw.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6)):
+        original[place] = value
+    if draw.draw(st.booleans()):
+        fix_checksum(original)
+    length = draw.draw(st.sampled_from([len(original)]) | st.integers(0, len(original)))
+    folder = around / "place"
+    folder.mkdir(exist_ok=True)
+    path = folder / "fuzzed.tar.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bytes(original[:length])))
+    try:
+        unpack_bundle(path, folder / "artifact")
+    except ArtifactError:
+        assert sorted(around.rglob("*")) == [folder, path]
+    else:
+        check_artifact(folder / "artifact")
+        assert sorted(around.iterdir()) == [folder]
+        assert sorted(folder.iterdir()) == [folder / "artifact", path]
+        shutil.rmtree(folder / "artifact")
+
+
+def fix_checksum(data: bytearray) -> None:
+    """Of the first header, so that the rest of it is believed."""
+    header = bytes(data[:512])
+    total = sum(header[:148]) + sum(header[156:]) + 8 * 32
+    data[148:156] = b"%06o\0 " % total

@@ -105,12 +105,14 @@ def test_a_base_that_the_agent_lost_is_sent_whole(engine: RemoteEngine, agent: A
     assert engine.generate(PROMPTS, Sampling(2))[0].weight_version == 4
 
 
+@pytest.mark.fault("agent: replayed update")
 def test_a_version_is_taken_once(engine: RemoteEngine, folder: Path) -> None:
     for version in (3, 2):
         with pytest.raises(EngineError, match=f"version {version} is not newer than 3"):
             engine.update(WeightFile(folder / WEIGHTS_FILE, version))
 
 
+@pytest.mark.fault("agent: request of another run")
 def test_another_run_takes_the_engine_over(engine: RemoteEngine, agent: Agent, folder: Path) -> None:
     other = RemoteEngine(PROFILE, folder, 0, url=agent.url, token=TOKEN)
     assert other.bytes_sent == {"whole": 0, "delta": 0}, "the files were there"
@@ -125,6 +127,7 @@ def test_mistakes_of_the_caller_come_back_as_such(engine: RemoteEngine) -> None:
         engine.generate([[5] * 5000], Sampling(2))
 
 
+@pytest.mark.fault("agent: its engine is killed")
 def test_an_engine_that_is_killed_is_said_to_be_and_starts_anew(engine: RemoteEngine, agent: Agent, folder: Path) -> None:
     psutil.Process(agent.host._engine.pid).kill()  # type: ignore[union-attr]
     for _ in range(2):
@@ -140,6 +143,7 @@ def test_another_targets_weights_are_refused(agent: Agent, folder: Path) -> None
         RemoteEngine(load_profile("int8-onnx"), folder, 0, url=agent.url, token=TOKEN)
 
 
+@pytest.mark.fault("agent: cut off amid an update")
 def test_a_body_that_is_cut_off_changes_nothing(engine: RemoteEngine, agent: Agent, model: Path, tmp_path: Path) -> None:
     expected = [g.tokens.tolist() for g in engine.generate(PROMPTS, Sampling(5))]
     weights = moved(model, tmp_path / "next", 0.5)
@@ -160,6 +164,7 @@ def test_a_body_that_is_cut_off_changes_nothing(engine: RemoteEngine, agent: Age
     assert not list(agent.host._files.glob("*.partial"))
 
 
+@pytest.mark.fault("agent: garbage or damaged bytes for a file")
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -175,6 +180,7 @@ def test_files_that_are_not_what_they_are_said_to_be(agent: Agent, body: bytes, 
     assert not agent.host.has(sha256_of(Path(__file__)))
 
 
+@pytest.mark.fault("agent: oversized body, packed and unpacked")
 def test_a_file_is_as_long_as_allowed_at_most(agent: Agent, tmp_path: Path) -> None:
     """Packed, and unpacked: a gigabyte of zeros is a few kilobytes on the way."""
     assert_says(put(agent, "0" * 64, os.urandom((1 << 26) + 1)), "a file of more than 67108864 bytes", 413)
@@ -184,6 +190,7 @@ def test_a_file_is_as_long_as_allowed_at_most(agent: Agent, tmp_path: Path) -> N
     assert_says(put(agent, "0" * 64, b"".join(packed(bomb, None))), "unpacks to more than 67108864 bytes", 422)
 
 
+@pytest.mark.fault("agent: names that leave the folder")
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\\b", ""])
 def test_names_stay_below_their_folder(agent: Agent, name: str) -> None:
     files = {name: "0" * 64, WEIGHTS_FILE: "0" * 64}
@@ -191,11 +198,13 @@ def test_names_stay_below_their_folder(agent: Agent, name: str) -> None:
     assert_says(post(agent, "start", {"files": files, "weight_version": 0, "scheme": scheme}), "names that leave the folder", 400)
 
 
+@pytest.mark.fault("agent: names that leave the folder")
 @pytest.mark.parametrize("sha256", ["..%2f..%2fetc%2fpasswd", "x" * 64, "0" * 63, "A" * 64])
 def test_a_file_has_a_hash_for_a_name(agent: Agent, sha256: str) -> None:
     assert put(agent, sha256, b"").status_code in (400, 404)
 
 
+@pytest.mark.fault("agent: garbage bytes for a request")
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b"\xff", b'{"lease": 3}', b"[" * 100_000, b'{"lease": "", "prompts": 1, "sampling": {}}'], ids=repr
 )
@@ -212,6 +221,7 @@ def test_a_wrong_lease_or_shape_in_a_request_is_one_error(engine: RemoteEngine, 
     assert_says(post(agent, "generate", {**request, "lease": "other"}), "another run", 409)
 
 
+@pytest.mark.fault("agent: wrong token")
 def test_nobody_enters_without_the_token(agent: Agent, folder: Path, tmp_path: Path) -> None:
     with running_agent(PROFILE, tmp_path) as other:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):

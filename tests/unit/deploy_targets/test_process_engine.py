@@ -160,6 +160,7 @@ def test_a_killed_engine_is_an_error_that_says_so(engine: ProcessEngine) -> None
         engine.generate(PROMPTS, Sampling(2))
 
 
+@pytest.mark.fault("engine hangs past its deadline")
 def test_a_call_that_takes_too_long_ends_the_engine(folder: Path) -> None:
     engine = ProcessEngine(fake_profile(), folder, 1, call_timeout_s=0.05)
     with pytest.raises(EngineError, match=r"within 0\.05 s"):

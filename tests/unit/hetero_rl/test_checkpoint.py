@@ -76,6 +76,7 @@ def test_a_truncated_one_is_left_aside(tmp_path: Path, name: str, tenth: int) ->
         newest_whole(tmp_path, warnings.append)
 
 
+@pytest.mark.fault("checkpoint that lacks a file")
 def test_a_missing_file_is_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-000001" / "learner" / "states.pt").unlink()
