@@ -36,6 +36,8 @@ QUANTIZERS = {
     "onnx-matmulnbits": "deploy_targets.quantizers.onnx_matmulnbits:OnnxMatMulNBitsQuantizer",
 }
 
+_QUANTIZER_PARTS = ("deterministic", "offenders", "quantizes", "quantize", "dequantized", "scaffold")
+"""What training needs of one: the proof of a publish, fake quantization and the grey box rest on `dequantized`, say."""
 CALL_TIMEOUT_S = 3600.0
 """Longest call of an engine in its own process, where nothing else is said."""
 
@@ -133,6 +135,10 @@ def make_quantizer(profile: TargetProfile, model_dir: Path) -> Quantizer:
     quantizer_class = resolve("quantizer", profile.scheme.quantizer, extra_of(profile))
     model_config = json.loads((model_dir / "config.json").read_text("utf-8"))
     quantizer = cast(Quantizer, quantizer_class(profile.scheme, model_config))
+    absent = [name for name in _QUANTIZER_PARTS if not hasattr(quantizer, name)]
+    if absent:
+        parts = [f"{name}: see deploy_targets/protocols.py; the class {quantizer_class.__name__} has none" for name in absent]
+        raise ProfileError(f"the quantizer {profile.scheme.quantizer!r} is not whole", parts)
     if profile.scheme.int4_keys() and not isinstance(quantizer, CalibratedQuantizer):
         reason = f"has no effect with the quantizer {profile.scheme.quantizer!r}"
         raise ProfileError("the scheme cannot be made", [f"{key}: {reason}" for key in profile.scheme.int4_keys()])

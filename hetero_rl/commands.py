@@ -32,6 +32,7 @@ from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_
 from hetero_rl.errors import RunFolderError
 from hetero_rl.foreign import Foreign
 from hetero_rl.inputs import check_inputs
+from hetero_rl.recipe_text import recipe_lines
 from hetero_rl.run_folder import (
     PROFILE_FILE,
     RunFolder,
@@ -74,6 +75,8 @@ def run_training(
         _warn(console, sentence)
     if dry_run:
         console.print_json(config.model_dump_json())
+        for line in recipe_lines(config, profile):
+            console.print(line, highlight=False, soft_wrap=True)
         fits = f"target {profile.name}: {profile.scheme.name} on {profile.engine.name}; everything fits"
         console.print(f"{fits}. Nothing was started.", highlight=False)
         return 0

@@ -32,6 +32,7 @@ class View:
         self._accuracy: dict[str, float] = {}
         self._num_steps = 0
         self._first_step = 0
+        self._max_skipped = 0
         self._started = 0.0
         self._title = ""
 
@@ -55,6 +56,7 @@ class View:
     def start(self, config: RunConfig, profile: TargetProfile, state: LoopState) -> None:
         """The steps begin."""
         self._num_steps, self._first_step, self._started = config.loop.num_steps, state.step, time.monotonic()
+        self._max_skipped = config.learner.max_skipped_in_a_row
         self._title = f"{profile.name} · {profile.scheme.name} · {config.model.path} · signal {config.constraint.signal}"
         for line in recipe_lines(config, profile) if state.step == 0 else [pieces(config)]:
             self._console.print(f"[dim]·[/dim] {line}", highlight=False)
@@ -74,6 +76,12 @@ class View:
         """A line of metrics.jsonl was written."""
         if row["step"]:
             self._rows.append(row)
+        if row.get("learner/skipped_steps"):
+            self.warn(
+                f"step {row['step']:.0f}: {row['learner/skipped_steps']:.0f} optimizer steps were skipped, for want of a finite loss, "
+                "gradient or engine log-prob; the weights stay as they were. The run goes on, and stops after "
+                f"{self._max_skipped} in a row (learner.max_skipped_in_a_row)"
+            )
         self._accuracy |= {name: value for name, value in row.items() if name.startswith("eval/")}
         if self._live is not None:
             self._live.update(self._panel())

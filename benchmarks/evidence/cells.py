@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hetero_rl.recipe import RECIPES, RecipeName
+from deploy_targets.profile import load_profile
+from hetero_rl.recipe import RECIPES, RecipeName, choose
 
 TARGETS = Path(__file__).parent / "targets"
 """Profiles of targets that are compared and not shipped."""
@@ -95,6 +96,19 @@ ARMS = {
 SWEEP = tuple(sorted((name for name, arm in ARMS.items() if arm.tolerance), key=lambda name: ARMS[name].tolerance or 0.0))
 """Arms by rising tolerance; `grpo` is the one without a bound."""
 
+
+def served_by(target: str) -> str:
+    """What --target takes for `target`: its name, or the profile of this folder."""
+    own = TARGETS / f"{target}.toml"
+    return str(own) if own.is_file() else target
+
+
+def default_arm(target: str) -> str:
+    """The arm that has the settings of the recipe which `auto` picks for `target`."""
+    recipe, _ = choose(load_profile(served_by(target)))
+    return next(name for name, arm in ARMS.items() if arm.settings == shipped(recipe) and not arm.full_precision_rollouts)
+
+
 REGIMES = {
     "on_policy": (),
     "stale": ("learner.updates_per_rollout=4",),
@@ -146,9 +160,8 @@ class Cell:
 
     @property
     def served_by(self) -> str:
-        """What --target takes for `target`: its name, or the profile of this folder."""
-        own = TARGETS / f"{self.target}.toml"
-        return str(own) if own.is_file() else self.target
+        """What --target takes for `target`."""
+        return served_by(self.target)
 
     @property
     def rollout_target(self) -> str:
@@ -181,7 +194,7 @@ ALL = tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual")
 SUITES: dict[str, tuple[Block, ...]] = {
     "screening": (
         Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), ALL, (0, 1)),
-        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), FEW, (0, 1)),
+        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), (*FEW, "fake_quant_recipe"), (0, 1)),
         Block(("addition",), ("int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy",), ("control", "ptq", "grpo", "tis", "recipe"), (0, 1)),
     ),
     "tolerance": (Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), (*SWEEP, "grpo"), (0, 1)),),
@@ -191,6 +204,8 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("addition",), ("int4-onnx",), ("on_policy",), (*FINALISTS, "guard"), FIVE),
         Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), FIVE),
         Block(("addition",), ("q2_k-llamacpp",), ("one_step_off",), ("recipe",), FIVE),
+        Block(("addition",), ("fp8-vllm-fp8kv",), ("on_policy",), ("control", "ptq", "grpo", "tis", "recipe"), FIVE),
+        Block(("addition",), ("int4-vllm-channel",), ("on_policy",), ("control", "ptq", "grpo", "tis", "guard"), FIVE),
     ),
     "larger": (Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), (0, 1)),),
     "gpu": (Block(("expression_100M",), ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy", "stale"), FINALISTS, FIVE),),

@@ -2,96 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.evidence.cells import ARMS, REGIMES, SWEEP, TASKS
+from benchmarks.evidence.estimates import (
+    UNBOUNDED,
+    Estimate,
+    Run,
+    best_rival,
+    by_arm_and_seed,
+    deployed,
+    difference,
+    gap_at_equal_reward,
+    late_reward,
+    pairs,
+    places,
+    read_runs,
+    shown,
+    table_row,
+)
+from benchmarks.evidence.shipped import default_table, remeasured_table
 from deploy_targets.charts import line_chart
 
-Run = dict[str, Any]
-T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-)  # fmt: skip
-"""Student's t at 97.5 %, for 1, 2, ... degrees of freedom."""
-SMOOTHING = 10
-"""Steps that a reward is averaged over where runs are compared at equal reward."""
-LATE_STEPS = 20
 MARKER = "evidence"
-UNBOUNDED = "grpo"
-"""The arm without a bound: a sweep of the tolerance ends in it, and gaps are held against its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over seeds; `half` is half of its 95 % interval, NaN for a single seed."""
-
-    mean: float
-    half: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """By Student's t; NaN for all of it where one value is NaN."""
-        if any(math.isnan(value) for value in values):
-            return cls(math.nan, math.nan, len(values))
-        if len(values) < 2:
-            return cls(values[0] if values else math.nan, math.nan, len(values))
-        t = T_95[min(len(values) - 2, len(T_95) - 1)]
-        return cls(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)), len(values))
-
-    def text(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
-        """`61.2 ± 1.5`, without the interval for a single seed."""
-        mean = f"{scale * self.mean:{sign}.{digits}f}"
-        return mean if math.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
-
-
-def read_runs(path: Path) -> list[Run]:
-    """Every finished run; of a cell that was run again, the last."""
-    return list({run["cell"]: run for run in map(json.loads, path.read_text("utf-8").splitlines())}.values())
-
-
-def gap_at_equal_reward(runs: Sequence[Run]) -> list[float]:
-    """Each run's engine gap over its floor at the reward that all of `runs` reached: a policy that collapsed has a small gap as well."""
-    curves = [_smoothed(run["reward"]) for run in runs]
-    shared = min(max(curve) for curve in curves)
-    found = []
-    for run, curve in zip(runs, curves, strict=True):
-        if ARMS[run["arm"]].full_precision_rollouts:
-            found.append(math.nan)  # its engine was not the target
-            continue
-        step = next(i for i, reward in enumerate(curve) if reward >= shared)
-        gaps = run["engine_gap"][max(0, step - SMOOTHING + 1) : step + 1]
-        found.append(statistics.mean(gaps) / run["floor"] if run["floor"] > 0 else math.nan)
-    return found
-
-
-def late_reward(run: Run) -> float:
-    """Mean reward of what the deployed engine sampled over the last steps; NaN where another engine made the rollouts."""
-    return math.nan if ARMS[run["arm"]].full_precision_rollouts else statistics.mean(run["reward"][-LATE_STEPS:])
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    return [statistics.mean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
-
-
-def places(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """The pairs of task and target, in the order of their first run."""
-    return list(dict.fromkeys((run["task"], run["target"]) for run in runs))
 
 
 def accuracy_table(runs: Sequence[Run]) -> list[str]:
     """Deployed accuracy of each arm, the learner's own in brackets; the best of a column in bold, with the number of collapsed runs."""
     columns = places(runs)
-    lines = [_row(["arm", *(f"{task}, {target}" for task, target in columns)]), _row(["---"] * (1 + len(columns)))]
+    lines = [table_row(["arm", *(f"{task}, {target}" for task, target in columns)]), table_row(["---"] * (1 + len(columns)))]
     cells: dict[tuple[str, tuple[str, str]], list[Run]] = {}
     for run in runs:
         cells.setdefault((run["arm"], (run["task"], run["target"])), []).append(run)
-    deployed = {key: Estimate.of([run["deployed_accuracy"] for run in some]) for key, some in cells.items()}
+    accuracy = {key: Estimate.of([deployed(run) for run in some]) for key, some in cells.items()}
     for arm in (arm for arm in ARMS if any(key[0] == arm for key in cells)):
         row = [f"`{arm}`"]
         for place in columns:
@@ -99,52 +45,39 @@ def accuracy_table(runs: Sequence[Run]) -> list[str]:
             if some is None:
                 row.append("")
                 continue
-            others = [estimate.mean for (other, there), estimate in deployed.items() if there == place and other != "control"]
-            text = deployed[arm, place].text(100)
-            text = f"**{text}**" if arm != "control" and deployed[arm, place].mean == max(others) else text
+            others = [estimate.mean for (other, there), estimate in accuracy.items() if there == place and other != "control"]
+            text = accuracy[arm, place].text(100)
+            text = f"**{text}**" if arm != "control" and accuracy[arm, place].mean == max(others) else text
             learner = Estimate.of([run["learner_accuracy"] for run in some])
             collapsed = sum(run["collapsed"] for run in some)
             row.append(f"{text} ({100 * learner.mean:.1f})" + (f" †{collapsed}" if collapsed else ""))
-        lines.append(_row(row))
+        lines.append(table_row(row))
     return lines
 
 
 def difference_table(runs: Sequence[Run]) -> list[str]:
     """Our arms less the best rival of the same task and target, paired by seed, in points; and their gap beside plain GRPO's.
 
-    Deployed accuracy, and the reward of the engine's own samples over the last steps, which many more responses go into. The best
-    rival is the best by mean of those that ran under the most seeds, chosen on the same runs: against it, an interval that only just
-    leaves out 0 says little. The gap is held against `grpo`, whose floor is the same; a learner that computes with the rounded weights
-    measures another gap, from a floor of its own, and has none here.
+    Deployed accuracy, and the reward of the engine's own samples over the last steps, which many more responses go into. The gap is
+    held against `grpo`, whose floor is the same; a learner that computes with the rounded weights measures another gap, from a floor
+    of its own, and has none here.
     """
-    lines = [_row(["task, target", "best rival", "arm", "accuracy", "sampled reward", "gap at equal reward / floor"]), _row(["---"] * 6)]
+    columns = ["task, target", "best rival", "arm", "accuracy", "sampled reward", "gap at equal reward / floor"]
+    lines = [table_row(columns), table_row(["---"] * len(columns))]
     for task, target in places(runs):
-        here = [run for run in runs if (run["task"], run["target"]) == (task, target) and run["arm"] != "control"]
-        by_arm: dict[str, dict[int, Run]] = {}
-        for run in here:
-            by_arm.setdefault(run["arm"], {})[run["seed"]] = run
-        rivals = {arm: Estimate.of([_deployed(run) for run in found.values()]) for arm, found in by_arm.items() if not ARMS[arm].ours}
-        if not rivals:
+        by_arm = by_arm_and_seed(run for run in runs if (run["task"], run["target"]) == (task, target))
+        if (found := best_rival(by_arm)) is None:
             continue
-        best = max(rivals, key=lambda arm: (rivals[arm].count, rivals[arm].mean))
+        best, accuracy = found
         for arm in (arm for arm in ARMS if arm in by_arm and ARMS[arm].ours):
-            pairs = _pairs(by_arm[arm], by_arm[best])
-            difference = Estimate.of([_deployed(ours) - _deployed(rival) for ours, rival in pairs])
-            rewards = Estimate.of([late_reward(ours) - late_reward(rival) for ours, rival in pairs])
-            row = [f"{task}, {target}", f"`{best}` {rivals[best].text(100)}", f"`{arm}`", _shown(difference), _shown(rewards)]
+            rewards = Estimate.of([late_reward(ours) - late_reward(rival) for ours, rival in pairs(by_arm[arm], by_arm[best])])
+            row = [f"{task}, {target}", f"`{best}` {accuracy.text(100)}", f"`{arm}`"]
+            row += [shown(difference(by_arm[arm], by_arm[best])), shown(rewards)]
             comparable = {} if ARMS[arm].measures_the_rest else by_arm.get(UNBOUNDED, {})
-            gaps = [gap_at_equal_reward(pair) for pair in _pairs(by_arm[arm], comparable)]
+            gaps = [gap_at_equal_reward(pair) for pair in pairs(by_arm[arm], comparable)]
             ours, theirs = (Estimate.of([gap[side] for gap in gaps]) for side in (0, 1))
-            lines.append(_row([*row, f"{ours.text(digits=2)} against {theirs.text(digits=2)}" if gaps else ""]))
+            lines.append(table_row([*row, f"{ours.text(digits=2)} against {theirs.text(digits=2)}" if gaps else ""]))
     return lines
-
-
-def _pairs(ours: dict[int, Run], theirs: dict[int, Run]) -> list[tuple[Run, Run]]:
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def _shown(difference: Estimate) -> str:
-    return "" if math.isnan(difference.mean) else difference.text(100, sign="+")
 
 
 def curves(runs: Sequence[Run], folder: Path) -> list[str]:
@@ -189,21 +122,21 @@ def sweep(runs: Sequence[Run], folder: Path) -> list[str]:
             "",
             f"{task}, {target}:",
             "",
-            _row(["bound / floor", "deployed", "learner", "gap / floor", "steps to 90 % of the best"]),
-            _row(["---"] * 5),
+            table_row(["bound / floor", "deployed", "learner", "gap / floor", "steps to 90 % of the best"]),
+            table_row(["---"] * 5),
         ]
         points: dict[float, float] = {}
         for arm in arms:
             some = [run for run in here if run["arm"] == arm]
-            deployed, learner, gap = (Estimate.of([value(run) for run in some]) for value in (_deployed, _learner, _gap_over_floor))
+            accuracy, learner, gap = (Estimate.of([value(run) for run in some]) for value in (deployed, _learner, _gap_over_floor))
             steps = [next((point[0] for point in run["curve"] if point[1] >= 0.9 * best[run["seed"]]), math.inf) for run in some]
             bound = ARMS[arm].tolerance
             reached = f"{statistics.median(steps):.0f}" if math.isfinite(statistics.median(steps)) else "not reached"
             lines.append(
-                _row(["none" if bound is None else f"{bound:g}", deployed.text(100), learner.text(100), gap.text(digits=2), reached])
+                table_row(["none" if bound is None else f"{bound:g}", accuracy.text(100), learner.text(100), gap.text(digits=2), reached])
             )
             if bound is not None:
-                points[bound] = 100 * deployed.mean
+                points[bound] = 100 * accuracy.mean
         unbounded = [100 * run["deployed_accuracy"] for run in here if run["arm"] == UNBOUNDED]
         name = f"tolerance-{task}-{target}.svg"
         chart = line_chart(
@@ -213,10 +146,6 @@ def sweep(runs: Sequence[Run], folder: Path) -> list[str]:
         (folder / name).write_text(standalone(chart), "utf-8")
         lines += ["", f"![Deployed accuracy by tolerance: {task}, {target}](images/evidence/{name})"]
     return lines
-
-
-def _deployed(run: Run) -> float:
-    return float(run["deployed_accuracy"])
 
 
 def _learner(run: Run) -> float:
@@ -241,6 +170,7 @@ def report(runs: Sequence[Run], docs: Path) -> str:
         "| --- | --- |",
     ]
     lines += [f"| `{name}` | {arm.what} |" for name, arm in ARMS.items() if any(run["arm"] == name for run in runs)]
+    lines += ["", "### What `auto` ships, cell by cell", "", *default_table(runs)]
     for regime in (regime for regime in REGIMES if any(run["regime"] == regime for run in runs)):
         here = [run for run in runs if run["regime"] == regime]
         lines += ["", f"### {regime}", "", "Deployed accuracy, and the learner's own in brackets:", "", *accuracy_table(here)]
@@ -248,6 +178,7 @@ def report(runs: Sequence[Run], docs: Path) -> str:
     images = docs / "images" / "evidence"
     swept = sweep(runs, images)
     lines += ["", "### By tolerance", *swept] if swept else []
+    lines += ["", "### A floor measured anew", "", *remeasured_table(runs)]
     return "\n".join([*lines, "", "### Curves", "", *curves(runs, images)])
 
 
@@ -260,7 +191,3 @@ def write_report(results: Path, page: Path) -> None:
         raise SystemExit(f"{page} has lost the markers of {MARKER!r}; put them back")
     runs = [run for run in read_runs(results) if run["arm"] in ARMS and run["task"] in TASKS]
     page.write_text(before + begin + "\n" + report(runs, page.parent) + "\n\n" + end + after, "utf-8")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -105,6 +105,10 @@ class Learner:
         if cache_rounding is not None:
             lm.set_attn_implementation(register())
         self.cache_rounding = cache_rounding if cache_rounding is not None and follows_cache_rounding(lm) else None
+        self._as_twin = learner.forward == "fake_quant"
+        if not self.has_twin and (self._as_twin or algorithm.score_centering):
+            asked = "algorithm.score_centering = true" if algorithm.score_centering else "learner.forward = 'fake_quant'"
+            raise UsageError(f"{asked} needs the target's rounding, and this target rounds nothing that is known here. Leave it out")
         self._tied = bool(getattr(lm.config, "tie_word_embeddings", False))
         policy = Policy(lm, self.twins, learner.logit_chunk_elements, self.cache_rounding, routing_replay=algorithm.routing_replay)
         self._engine = start_engine(policy, learner, num_updates)
@@ -113,11 +117,6 @@ class Learner:
         self._snapshots: dict[int, dict[str, Tensor]] = {}
         self._num_snapshots = 0
         self._masters: dict[str, Tensor] = {}
-        self._as_twin = learner.forward == "fake_quant"
-        if self._as_twin and not self.has_twin:
-            raise UsageError(
-                "learner.forward = 'fake_quant' has nothing to round: the target quantizes no layer that is known here. Leave it at 'bf16'"
-            )
 
     @property
     def has_twin(self) -> bool:
@@ -168,7 +167,7 @@ class Learner:
         """`updates_per_rollout` optimizer steps on one batch of rollouts.
 
         Raises:
-            DivergedError: loss or gradient was not finite `max_skipped_in_a_row` times in a row.
+            DivergedError: `max_skipped_in_a_row` steps in a row had a loss or gradient that was not finite, or nothing to learn from.
             EngineError: routes that are to be replayed are missing, or are none of this model.
         """
         check_routes([sequence.routes for sequence in sequences], self.policy.routers, replay=self.algorithm.routing_replay)
@@ -193,7 +192,7 @@ class Learner:
         num_tokens = sum(lengths)
         if num_tokens == 0:
             # A step of zero gradient would still move the weights by the optimizer's averages.
-            self._count_skips(1, 0.0, float("nan"))
+            self._count_skips(1, "the engine gave no finite log-prob for any sampled token")
             return UpdateStats(LossSums(), 0.0, float(self._engine.get_lr()[0]), 1)
         scales = response_scales(lengths, self.algorithm.normalization, self._max_response_tokens)
         sequences = [replace(sequence, loss_scale=scale) for sequence, scale in zip(sequences, scales, strict=True)]
@@ -206,7 +205,8 @@ class Learner:
         self._num_updates += 1
         num_skipped = 0 if self._engine.was_step_applied() else 1
         grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._count_skips(num_skipped, grad_norm, (sums.policy_loss + sums.cost) / num_tokens)
+        loss = (sums.policy_loss + sums.cost) / num_tokens
+        self._count_skips(num_skipped, f"loss or gradient was not finite (loss {loss:g}, gradient norm {grad_norm:g})")
         return UpdateStats(sums, grad_norm, lr, num_skipped)
 
     def _backward(self, sequences: Sequence[TrainSequence], num_tokens: int, multiplier: float) -> LossSums:
@@ -249,12 +249,12 @@ class Learner:
             most = min(most, math.ceil(sum(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)) / num_shares))
         return micro_batches(prompts, responses, most, self.device, packed=self.packed, routes=given)
 
-    def _count_skips(self, num_skipped: int, grad_norm: float, loss: float) -> None:
+    def _count_skips(self, num_skipped: int, why: str) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if num_skipped else 0
         if self._skipped_in_a_row >= self.config.max_skipped_in_a_row:
             raise DivergedError(
-                f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row (loss {loss:g}, gradient norm {grad_norm:g}). "
-                f"Lower learner.lr (now {self.config.lr:g}) or resume from an earlier checkpoint"
+                f"{self._skipped_in_a_row} optimizer steps in a row were skipped; of the last, {why}. Lower learner.lr (now "
+                f"{self.config.lr:g}), resume from an earlier checkpoint, or look at what the engine and the reward function return"
             )
 
     @on_every_rank

@@ -20,6 +20,7 @@ from deploy_targets.manifest import read_manifest
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import METRICS, read_metrics
 from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
+from tests.plugins import python_path
 
 TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN))
 STABLE_METRICS = (
@@ -36,6 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = hetero_rl(*TRAIN, "--run-dir", "run", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "deployed accuracy" in result.stdout
+    assert "recipe guard, chosen for int4-onnx because 4-bit weights cost little" in result.stdout, "nobody named a recipe or a signal"
     return folder / "run"
 
 
@@ -234,6 +236,30 @@ def test_a_reward_that_raises_costs_no_step(tmp_path: Path) -> None:
     resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path, **environment)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_nan_stops_the_step_and_not_the_run(tmp_path: Path) -> None:
+    """Rewards whose sum is no number any more make NaN of all advantages of one step."""
+    (tmp_path / "my_rewards.py").write_text(
+        "calls = 0\n\n\n"
+        "def judge(completions, answer, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 4:\n"
+        "        return [3e38 for _ in completions]\n"
+        "    return [float(c.strip() == a) for c, a in zip(completions, answer, strict=True)]\n"
+    )
+    problems = "".join(json.dumps({"prompt": f"{a}+{a}=", "answer": str(2 * a)}) + "\n" for a in range(100, 400))
+    (tmp_path / "problems.jsonl").write_text(problems)
+    task = with_settings("task.type=dataset", "task.path=problems.jsonl", "task.reward=my_rewards:judge")
+    # Two calls for the first evaluation, one for each step.
+    result = hetero_rl(*TRAIN, *task, "--run-dir", "run", cwd=tmp_path, PYTHONPATH=python_path(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "warning: step 2: 1 optimizer steps were skipped" in result.stdout
+    rows = read_metrics(tmp_path / "run")
+    assert [row.get("learner/skipped_steps") for row in rows] == [None, 0, 1, 0, 0]
+    assert [row["weights/version"] for row in rows[1:]] == [0, 1, 2, 3]
+    assert all(row["learner/grad_norm"] is not None for row in rows[3:])
 
 
 @pytest.mark.parametrize("signal_name", ["off", "loss", "advantage"])

@@ -14,18 +14,11 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.__main__ import main
-from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells
-from benchmarks.evidence.report import (
-    Estimate,
-    accuracy_table,
-    difference_table,
-    gap_at_equal_reward,
-    late_reward,
-    read_runs,
-    sweep,
-    write_report,
-)
+from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells, default_arm
+from benchmarks.evidence.estimates import Estimate, Run, gap_at_equal_reward, late_reward, read_runs
+from benchmarks.evidence.report import accuracy_table, difference_table, sweep, write_report
 from benchmarks.evidence.runner import finished
+from benchmarks.evidence.shipped import default_table, remeasured_table
 from benchmarks.evidence.tasks import last_step, samples
 from benchmarks.evidence.warm_start import fresh_samples
 from hetero_rl.config import load_config
@@ -128,6 +121,56 @@ def test_rivals_of_other_units_and_of_other_engines() -> None:
     assert rows["`fake_quant_grey`"].endswith("|  |"), "its learner measures another gap"
     [row] = difference_table([run("ptq", 0, 0.9), run("ptq", 1, 0.9), run("grey", 0, 0.6), run("grey", 1, 0.6)])[2:]
     assert "| -30.0 ± 0.0 |  |" in row
+
+
+@pytest.mark.parametrize(
+    ("target", "arm"),
+    [("q2_k-llamacpp", "fake_quant_recipe"), ("int4-onnx", "guard"), ("fp8-vllm-fp8kv", "recipe"), ("bf16-vllm", "grpo")],
+)
+def test_the_default_of_a_target_is_an_arm(target: str, arm: str) -> None:
+    assert default_arm(target) == arm
+
+
+def promise(default: list[float], rival: list[float], ptq: list[float], control: list[float], **changes: Any) -> list[str]:
+    """The row of INT4, whose default is `guard`, without its first three columns."""
+    arms = {"guard": default, "grpo": rival, "ptq": ptq, "control": control}
+    runs = [run(arm, seed, value) for arm, values in arms.items() for seed, value in enumerate(values)]
+    runs = [{**one, **changes} if one["arm"] == "guard" and one["seed"] == 0 else one for one in runs]
+    [row] = default_table(runs)[2:]
+    return row.strip("| ").split(" | ")[3:]
+
+
+def test_the_promise_of_the_default_is_checked() -> None:
+    good = promise([0.60, 0.62, 0.61], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
+    assert good[0] == "3"
+    assert good[1].startswith("`grpo` 61.0")
+    assert good[2] == "+0.0 ± 2.5"
+    assert good[3:5] == ["+10.7 ± 1.4", "+12.0 ± 2.5"]
+    assert good[5:] == ["0 of 3", "yes"]
+    behind = promise([0.58, 0.57, 0.58], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
+    assert behind[-1] == "behind the best rival"
+    no_better = promise([0.50, 0.51, 0.52], [0.50, 0.50, 0.50], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
+    assert no_better[-1] == "not above `ptq`"
+    free = promise([0.50, 0.51, 0.52], [0.50, 0.50, 0.50], [0.50, 0.51, 0.50], [0.52, 0.51, 0.49])
+    assert free[-1] == "yes", "quantizing costs nothing that three seeds could show"
+    collapsed = promise([0.60, 0.62, 0.61], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63], collapsed=True)
+    assert collapsed[-2:] == ["1 of 3", "collapsed where a rival did not"]
+    [not_run] = default_table([run("grpo", 0, 0.5)])[2:]
+    assert not_run.endswith("not run |")
+
+
+def test_a_collapse_that_every_rival_shares_is_not_the_defaults_fault() -> None:
+    runs: list[Run] = [run(arm, seed, 0.1, collapsed=True) for arm in ("guard", "grpo") for seed in (0, 1)]
+    [row] = default_table(runs)[2:]
+    assert row.endswith("| 2 of 2 | yes |")
+
+
+def test_a_floor_measured_anew_is_the_gap_of_the_run() -> None:
+    gaps = [0.01] * 30 + [0.02] * 10 + [0.03] * 80
+    runs = [run(arm, seed, 0.5, engine_gap=gaps, reward=[0.5] * 120) for arm in ("grpo", "recipe") for seed in (0, 1)]
+    rows = remeasured_table(runs)[2:]
+    assert rows == [f"| addition, int4-onnx, on_policy | `{arm}` | 2.00 ± 0.00 | 3.00 ± 0.00 | 3.00 ± 0.00 |" for arm in ("grpo", "recipe")]
+    assert remeasured_table(runs[:1])[2:] == []
 
 
 def test_a_cell_that_has_changed_is_run_again(tmp_path: Path) -> None:

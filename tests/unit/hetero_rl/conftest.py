@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy_targets.protocols import Quantizer
 from deploy_targets.quantizers.kv_cache import CacheRounding
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig, LearnerConfig
 from hetero_rl.learner.deepspeed_learner import Learner
@@ -28,13 +29,14 @@ def make_learner(model_dir: Path) -> Iterator[MakeLearner]:
         folder: Path = model_dir,
         algorithm: AlgorithmConfig | None = None,
         cache_rounding: CacheRounding | None = None,
+        quantizer: Quantizer | None = None,
         **options: object,
     ) -> Learner:
         config = LearnerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, **options})
         constraint = ConstraintConfig.model_validate({"signal": signal})
         learner = Learner(
             folder,
-            quantizer_for(folder),
+            quantizer or quantizer_for(folder),
             config,
             algorithm or AlgorithmConfig(),
             constraint,

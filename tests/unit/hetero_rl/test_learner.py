@@ -14,6 +14,7 @@ from deploy_targets.catalog import make_quantizer
 from deploy_targets.errors import UsageError
 from deploy_targets.profile import load_profile
 from deploy_targets.quantizers.kv_cache import cache_rounding, cut_float8
+from deploy_targets.quantizers.none import NoQuantizer
 from deploy_targets.types import TokenSequence
 from hetero_rl.algorithm.kinds import DEFAULT_BOUNDS
 from hetero_rl.config import AlgorithmConfig, ConstraintConfig
@@ -160,16 +161,37 @@ def test_nonfinite_engine_logps_change_nothing_else(make_learner: MakeLearner) -
     assert dirty_sums.policy_loss == pytest.approx(clean_sums.policy_loss, rel=0.02, abs=1e-3 * clean_sums.gap.num_tokens)
 
 
-def test_nonfinite_step_is_skipped_then_stops_the_run(make_learner: MakeLearner) -> None:
-    learner = make_learner(max_skipped_in_a_row=2)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_nonfinite_step_is_skipped_then_stops_the_run(zero_stage: int, make_learner: MakeLearner) -> None:
+    learner = make_learner(max_skipped_in_a_row=2, zero_stage=zero_stage)
     bad = [replace(s, advantage=float("nan")) for s in sequences(4)]
-    before = learner._copied()
+    before = dict(learner.named_tensors()) if zero_stage == 3 else learner._copied()
     assert learner.update(bad, 0.0).num_skipped == 1
-    assert all(torch.equal(before[name], weight) for name, weight in learner._copied().items())
+    after = dict(learner.named_tensors()) if zero_stage == 3 else learner._copied()
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
     assert learner.update(sequences(4), 0.0).num_skipped == 0
     learner.update(bad, 0.0)
-    with pytest.raises(DivergedError, match=r"2 steps in a row.*Lower learner\.lr"):
+    with pytest.raises(DivergedError, match=r"2 optimizer steps in a row.*loss or gradient was not finite.*Lower learner\.lr"):
         learner.update(bad, 0.0)
+
+
+def test_nan_of_one_update_costs_the_others_of_a_step_nothing(make_learner: MakeLearner) -> None:
+    learner = make_learner(updates_per_rollout=4)
+    batch = sequences(12)
+    stats = learner.update([replace(batch[0], advantage=float("nan")), *batch[1:]], 0.0)
+    assert stats.num_skipped == 1
+    assert all(torch.isfinite(weight).all() for weight in learner._copied().values())
+
+
+def test_nan_of_the_twin_stops_the_step_alone(make_learner: MakeLearner) -> None:
+    learner = make_learner("grey_box", max_skipped_in_a_row=3)
+    learner.update(sequences(4), 0.3)
+    before = learner._copied()
+    layer = learner.twins[0]
+    layer._rounded = torch.full_like(layer.weight, float("nan"))
+    assert learner.update(sequences(4), 0.3).num_skipped == 1
+    assert all(torch.equal(before[name], now) for name, now in learner._copied().items())
+    assert learner.update(sequences(4), 0.3).num_skipped == 0, "the twin is rounded anew"
 
 
 def test_several_updates_measure_staleness_apart(make_learner: MakeLearner) -> None:
@@ -407,6 +429,24 @@ def test_a_step_without_a_single_finite_logprob_moves_nothing(make_learner: Make
     lost = learner.update([replace(s, engine_logp=np.full_like(s.engine_logp, np.nan)) for s in sequences()], 0.0)
     assert lost.num_skipped == 1
     assert all(torch.equal(before[name], now) for name, now in learner._copied().items())
+
+
+def test_steps_without_log_probs_in_a_row_blame_the_engine(make_learner: MakeLearner) -> None:
+    lost = [replace(s, engine_logp=np.full_like(s.engine_logp, np.nan)) for s in sequences(3)]
+    with pytest.raises(DivergedError, match="the engine gave no finite log-prob for any sampled token"):
+        make_learner(max_skipped_in_a_row=1).update(lost, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"forward": "fake_quant"}, r"learner\.forward = 'fake_quant'"),
+        ({"algorithm": AlgorithmConfig(score_centering=True)}, r"algorithm\.score_centering = true"),
+    ],
+)
+def test_a_target_that_rounds_nothing_has_no_twin(options: dict[str, object], asked: str, make_learner: MakeLearner) -> None:
+    with pytest.raises(UsageError, match=rf"{asked} needs the target's rounding, and this target rounds nothing"):
+        make_learner(quantizer=NoQuantizer(load_profile("bf16-vllm").scheme, {}), **options)
 
 
 def test_a_share_of_the_prompts_costs_as_much_in_the_mean(make_learner: MakeLearner) -> None:
