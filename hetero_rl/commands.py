@@ -6,16 +6,15 @@ import json
 import os
 import signal
 import tempfile
-import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy_targets.artifact import MANIFEST_FILE, PROBES_FILE, Manifest, check_artifact
 from deploy_targets.blame import with_blame
-from deploy_targets.catalog import make_quantizer, open_engine
+from deploy_targets.catalog import open_engine
 from deploy_targets.ci_report import write_junit, write_markdown
 from deploy_targets.comparison import compare, print_comparison, read_report, write_comparison
 from deploy_targets.errors import EXIT_SIGNAL, PreflightError, UsageError
@@ -32,6 +31,8 @@ from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_
 from hetero_rl.errors import RunFolderError
 from hetero_rl.foreign import Foreign
 from hetero_rl.inputs import check_inputs
+from hetero_rl.launch import follow_run, quieten, ranks_on_ray
+from hetero_rl.ray_cluster import check_cluster
 from hetero_rl.recipe_text import recipe_lines
 from hetero_rl.run_folder import (
     PROFILE_FILE,
@@ -66,11 +67,15 @@ def run_training(
     else:
         config, profile = load_config(files, settings, target)
     _prepare_process(may_be_launched=True)
+    if config.learner.launcher == "ray" and "RANK" in os.environ:
+        raise UsageError("learner.launcher = 'ray' starts the ranks itself: run the command without torchrun or deepspeed")
     if int(os.environ.get("RANK", "0")) > 0:
-        return _follow(config, profile)
+        follow_run(config, profile)
+        return 0
     if not resume:
         check_free(run_dir or default_run_dir(profile.name))
     inputs = check_inputs(config, profile)
+    check_cluster(config)
     for sentence in () if resume else unused_settings(config):
         _warn(console, sentence)
     if dry_run:
@@ -86,7 +91,8 @@ def run_training(
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
 
-    with locked(run.path), View(console) as view:
+    ranks = ranks_on_ray(config, profile) if config.learner.launcher == "ray" else nullcontext()
+    with locked(run.path), ranks, View(console) as view:
         result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
@@ -401,18 +407,6 @@ def _resumed(
     return run, new, profile
 
 
-def _follow(config: RunConfig, profile: TargetProfile) -> int:
-    """The part of every rank but the first: its share of what rank 0 has its learner do. It writes and prints nothing."""
-    inputs = check_inputs(config, profile)
-    from hetero_rl.learner.ranks import follow
-    from hetero_rl.parts import make_learner
-
-    learner = make_learner(config, profile, inputs, make_quantizer(profile, inputs.model_dir))
-    follow(learner)
-    learner.close()
-    return 0
-
-
 def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
 
@@ -434,16 +428,8 @@ def _require_one_process(launchers: Sequence[str]) -> None:
 
 
 def _prepare_process(*, may_be_launched: bool = False) -> None:
-    """Before anything heavy is imported: one process, libraries' chatter off the screen, and threads that wait without burning a core.
-
-    `may_be_launched`: or one of the ranks that torchrun or deepspeed started. Learner and engine take turns on the same cores; OpenMP
-    threads that spin between turns slow the other side down.
-    """
+    """Before anything heavy is imported: one process, or (`may_be_launched`) one of the ranks that torchrun or deepspeed started."""
     is_ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if not (may_be_launched and is_ranked):
         _require_one_process(("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|deepspeed|tensorboard)\.")
+    quieten()

@@ -74,6 +74,18 @@ class LearnerConfig(_Table):
     """Gradient clipping by global norm."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where DeepSpeed keeps master weights and optimizer state: on the GPU, in the CPU's memory (ZeRO 1 to 3), or on a disk (ZeRO 3).
+    On a machine without a GPU, `cpu` is where they are anyway."""
+    offload_weights: bool = False
+    """Keep the bf16 weights there too, fetched layer by layer; ZeRO 3."""
+    nvme_path: Path | None = None
+    """Folder on a fast local disk, for `offload = "nvme"`; needs libaio."""
+    launcher: Literal["none", "ray"] = "none"
+    """What starts the other ranks: nothing, or the torchrun or deepspeed that the command runs under; or `ray`, on a cluster that runs
+    already (`[ray]`), with rank 0 in this process."""
+    num_ranks: int = Field(1, ge=1)
+    """Ranks, with `launcher = "ray"`; other launchers are told on their own command line."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the forward and backward pass; the weights are bf16 always. `auto`: float32 on a CPU whose bf16 products are not
     clearly faster (measured at the start), for models of linear layers and RMSNorms; else bfloat16. float32 is more exact and takes
@@ -90,6 +102,32 @@ class LearnerConfig(_Table):
     """Optimizer steps per rollout batch, each on its own share of the responses."""
     max_skipped_in_a_row: int = Field(5, ge=1)
     """Stop the run after so many steps in a row with a non-finite loss or gradient."""
+
+    @model_validator(mode="after")
+    def offload_is_of_what_is_sharded(self) -> LearnerConfig:
+        """DeepSpeed would leave the rest on the GPU and say nothing."""
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"learner.offload = {self.offload!r} has nothing to move under learner.zero_stage = 0: use stage 1, 2 or 3")
+        if self.offload_weights and (self.offload == "none" or self.zero_stage < 3):
+            raise ValueError(
+                "learner.offload_weights goes with learner.zero_stage = 3 and learner.offload = 'cpu' or 'nvme' (they are "
+                f"{self.zero_stage} and {self.offload!r})"
+            )
+        if self.offload == "nvme" and self.zero_stage < 3:
+            raise ValueError(f"learner.offload = 'nvme' needs learner.zero_stage = 3, not {self.zero_stage}")
+        if (self.offload == "nvme") != (self.nvme_path is not None):
+            raise ValueError("learner.nvme_path and learner.offload = 'nvme' go together: give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def only_ray_is_told_here(self) -> LearnerConfig:
+        """A number that nothing reads would be ignored."""
+        if self.launcher == "none" and self.num_ranks > 1:
+            raise ValueError(
+                f"learner.num_ranks = {self.num_ranks} is for learner.launcher = 'ray'; torchrun and deepspeed take the number on "
+                "their own command line: leave it out"
+            )
+        return self
 
 
 class AlgorithmConfig(_Table):
@@ -336,6 +374,8 @@ class EngineEntry(_Table):
     """Certificate (PEM) that the agent's is signed by, where that is not one this machine trusts."""
     count: int = Field(1, ge=1)
     """So many of them, without `url`."""
+    placement: Literal["here", "ray"] = "here"
+    """Without `url`: `here`, on this machine; `ray`, wherever the cluster of `[ray]` has room."""
 
     @model_validator(mode="after")
     def an_address_is_one_agent(self) -> EngineEntry:
@@ -347,6 +387,8 @@ class EngineEntry(_Table):
             raise ValueError(f"{' and '.join(given)} belong to an agent: give its url")
         if self.url is not None and self.token_file is None:
             raise ValueError("an agent wants its token: give token_file")
+        if self.url is not None and self.placement == "ray":
+            raise ValueError("an agent is where its url says: leave out placement")
         return self
 
 
@@ -361,6 +403,23 @@ class PoolConfig(_Table):
     """Pause before an engine that was taken out is started anew, doubled with each failure in a row."""
     requests_per_engine: int = Field(4, ge=1)
     """Requests that a batch of rollouts is cut into, for each engine: more even out their speeds, fewer make larger batches."""
+
+
+class RayConfig(_Table):
+    """`[ray]`: the cluster for `learner.launcher = "ray"` and for `[[engines]]` with `placement = "ray"`. It has to run already."""
+
+    address: str = "auto"
+    """host:port of its head; `auto`: $RAY_ADDRESS, else the one that this machine belongs to."""
+    cpus_per_rank: int = Field(1, ge=1)
+    """CPUs that Ray reserves for each rank, and the threads it computes with."""
+    gpus_per_rank: int = Field(0, ge=0, le=1)
+    """GPUs of each rank."""
+    cpus_per_engine: int = Field(1, ge=1)
+    """CPUs that Ray reserves for each engine; its threads are the target's `engine.options.num_threads`."""
+    gpus_per_engine: int = Field(0, ge=0)
+    """GPUs of each engine."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for the ranks, and for an engine, until the cluster has room and they are there."""
 
 
 class RunConfig(_Table):
@@ -382,6 +441,7 @@ class RunConfig(_Table):
     engines: tuple[EngineEntry, ...] = ()
     """Tables `[[engines]]`, see below: none is one engine on this machine."""
     pool: PoolConfig = PoolConfig()
+    ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def centering_needs_two_weights(self) -> RunConfig:
@@ -419,6 +479,16 @@ class RunConfig(_Table):
     def num_engines(self) -> int:
         """Engines that make the rollouts."""
         return sum(entry.count for entry in self.engines) or 1
+
+    @property
+    def num_ray_engines(self) -> int:
+        """Those of them that Ray places."""
+        return sum(entry.count for entry in self.engines if entry.placement == "ray")
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether anything runs on a Ray cluster."""
+        return self.learner.launcher == "ray" or self.num_ray_engines > 0
 
     @model_validator(mode="after")
     def updates_divide_the_prompts(self) -> RunConfig:

@@ -44,6 +44,10 @@ def check_inputs(config: RunConfig, profile: TargetProfile) -> Inputs:
         raise PreflightError(f"neither model nor target {profile.name!r} can be used", [str(error), *others]) from None
     response = config.loop.max_response_tokens
     also = missing + (replay_problems(profile, model_dir) if config.algorithm.routing_replay else [])
+    if config.learner.offload == "nvme":
+        from hetero_rl.learner.offload import offload_problems
+
+        also += [] if missing else offload_problems(config.learner)
     preflight(profile, model_dir, num_tokens=1 + response, temperature=config.loop.temperature, also=also)
     tokenizer = load_tokenizer(model_dir)
     task = load_task(config.task, tokenizer, config.loop.seed)

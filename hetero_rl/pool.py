@@ -13,6 +13,7 @@ from deploy_targets.errors import UsageError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.protocols import Engine
 from hetero_rl.config import EngineEntry, RunConfig
+from hetero_rl.ray_cluster import connect
 
 StartEngine = Callable[[Path, int], Engine]
 """(folder in the engine's native format, weight_version) -> a running engine."""
@@ -44,14 +45,32 @@ def _checked(start: StartEngine, vocab_size: int) -> StartEngine:
 def _places(config: RunConfig, profile: TargetProfile) -> Iterator[tuple[str, StartEngine]]:
     # A process of its own can be killed and can hang without the others.
     here = profile.model_copy(update={"engine": profile.engine.model_copy(update={"process": "own"})})
-    num_here = 0
+    num_here = num_on_ray = 0
     for entry in config.engines:
         if entry.url is not None:
             yield entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s)
             continue
-        for _ in range(entry.count):
+        for _ in range(entry.count if entry.placement == "ray" else 0):
+            num_on_ray += 1
+            yield f"ray {num_on_ray}", partial(_on_ray, config, here)
+        for _ in range(entry.count if entry.placement == "here" else 0):
             num_here += 1
             yield f"local {num_here}", partial(open_engine, here, call_timeout_s=config.pool.deadline_s)
+
+
+def _on_ray(config: RunConfig, profile: TargetProfile, folder: Path, weight_version: int) -> Engine:
+    connect(config.ray)
+    from deploy_targets.engines.on_ray import RayEngine
+
+    return RayEngine(
+        profile,
+        folder,
+        weight_version,
+        num_cpus=config.ray.cpus_per_engine,
+        num_gpus=config.ray.gpus_per_engine,
+        start_timeout_s=config.ray.start_timeout_s,
+        call_timeout_s=config.pool.deadline_s,
+    )
 
 
 def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> StartEngine:

@@ -25,7 +25,7 @@ CONFIG_FILE = "config.json"
 PROFILE_FILE = "profile.json"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = "lock"
-MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation", "engines", "pool")
+MAY_CHANGE = ("loop.num_steps", "checkpoint", "evaluation", "engines", "pool", "ray", "learner.launcher", "learner.num_ranks")
 """Settings that a resumed run may change: they do not reach the steps already taken."""
 
 

@@ -41,3 +41,5 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"
     for name in config.pool.model_fields_set if not config.engines else ():
         yield f"pool.{name} has no effect: there are no [[engines]]"
+    for name in config.ray.model_fields_set if not config.uses_ray else ():
+        yield f"ray.{name} has no effect: learner.launcher is 'none' and no [[engines]] has placement = 'ray'"

@@ -1,6 +1,6 @@
 """What tests/e2e/test_ranks.py starts on each rank: the same updates of a tiny model under every ZeRO stage; rank 0 writes what it saw.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/rank_script.py MODEL OUT
+python -m torch.distributed.run --nproc_per_node 2 tests/rank_script.py MODEL OUT [NUM_STEPS]
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def batch(step: int) -> list[TrainSequence]:
     return sequences
 
 
-def train(learner: Learner, told: list[float]) -> dict[str, Any]:
+def train(learner: Learner, told: list[float], num_steps: int) -> dict[str, Any]:
     """Updates with a multiplier that follows the gap; `told` gets those that this rank was given."""
     state, found = DualState(0.3), {"losses": [], "grad_norms": [], "gaps": [], "lambdas": []}
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         update = learner.update(batch(step), state.multiplier)
         gap = update.sums.gap
         found["losses"].append(update.sums.mean(update.sums.policy_loss + state.multiplier * update.sums.cost))
@@ -55,13 +55,13 @@ def train(learner: Learner, told: list[float]) -> dict[str, Any]:
     return found
 
 
-def main(model: Path, out: Path) -> None:
+def main(model: Path, out: Path, num_steps: int = NUM_STEPS) -> None:
     profile = load_profile("int4-onnx")
     found: dict[str, Any] = {}
     for stage in STAGES:
         learner = Learner(
             model, make_quantizer(profile, model), LearnerConfig(zero_stage=stage, compute_dtype="float32", updates_per_rollout=1, lr=1e-3),
-            AlgorithmConfig(), ConstraintConfig(grey_box_share=0.5), temperature=1.0, num_updates=NUM_STEPS, max_response_tokens=8, seed=0,
+            AlgorithmConfig(), ConstraintConfig(grey_box_share=0.5), temperature=1.0, num_updates=num_steps, max_response_tokens=8, seed=0,
         )  # fmt: skip
         told: list[float] = []
         update = learner.update
@@ -72,7 +72,7 @@ def main(model: Path, out: Path) -> None:
 
         learner.update = listened  # type: ignore[method-assign]
         if learner.ranks.leads:
-            found[str(stage)] = train(learner, told)
+            found[str(stage)] = train(learner, told, num_steps)
         else:
             follow(learner)
         learner.close()
@@ -83,4 +83,4 @@ def main(model: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

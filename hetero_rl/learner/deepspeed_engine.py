@@ -50,7 +50,7 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
             "managed_gradient_accumulation": False,
             "gradient_clipping": config.max_grad_norm,
             "bf16": {"enabled": True, "check_grad_overflow": True},
-            "zero_optimization": _zero(policy, config.zero_stage),
+            "zero_optimization": _zero(policy, config),
             "zero_allow_untested_optimizer": True,
             "optimizer": {
                 "type": "AdamW",
@@ -97,9 +97,20 @@ def _unsharded_masters(engine: Any) -> dict[str, torch.Tensor]:
     return dict(zip(names, (master for group in groups for master in group), strict=True))
 
 
-def _zero(policy: Policy, stage: int) -> dict[str, Any]:
+def _zero(policy: Policy, config: LearnerConfig) -> dict[str, Any]:
+    stage, moved = config.zero_stage, _offload(config)
     if stage < 3 or not any(isinstance(layer, TwinExperts) for layer in policy.twins):
-        return {"stage": stage, "overlap_comm": False}
+        return {"stage": stage, "overlap_comm": False, **moved}
     # By default DeepSpeed takes the block around the experts as a whole, made for experts that a pass may leave out; fused ones never are.
     # Its hooks on such a block fail where learner and twin both run in one pass. (It warns that no module is taken so: that is meant.)
-    return {"stage": stage, "overlap_comm": False, "leaf_module": {"classes": []}}
+    return {"stage": stage, "overlap_comm": False, "leaf_module": {"classes": []}, **moved}
+
+
+def _offload(config: LearnerConfig) -> dict[str, Any]:
+    if config.offload == "none":
+        return {}
+    # Only a GPU copies faster from pinned memory.
+    place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+    if config.nvme_path is not None:
+        place["nvme_path"] = str(config.nvme_path.resolve())
+    return {"offload_optimizer": place, **({"offload_param": place} if config.offload_weights else {})}

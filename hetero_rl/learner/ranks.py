@@ -31,7 +31,7 @@ END = "end"
 
 
 def num_ranks() -> int:
-    """Processes of this run, as a launcher (`torchrun`, `deepspeed`) says it."""
+    """Processes of this run, as a launcher (`torchrun`, `deepspeed`, launch.py) says it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -40,10 +40,15 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join(backend: str) -> Ranks:
-    """The process group of torch: that of the launcher, or one rank in this process without any port, as ports race."""
+def join(backend: str, store: Any = None) -> Ranks:
+    """The process group of torch: that of the launcher, or one rank in this process without any port, as ports race.
+
+    `store`: where the ranks of the launcher meet, if not where its environment says.
+    """
     if not dist.is_initialized():
-        if num_ranks() > 1:
+        if num_ranks() > 1 and store is not None:
+            dist.init_process_group(backend, store=store, rank=own_rank(), world_size=num_ranks())
+        elif num_ranks() > 1:
             dist.init_process_group(backend)
         else:
             # DeepSpeed asks the environment who it is, even where the process group is there.

@@ -11,7 +11,9 @@ import pytest
 
 from tests.command_line import hetero_rl
 
-HEAVY = ("model_signing", "torch", "transformers", "deepspeed", "vllm", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "pandas")
+HEAVY = (
+    "model_signing", "torch", "transformers", "deepspeed", "vllm", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "pandas", "ray",
+)  # fmt: skip
 HEAVY_TO_VERIFY = ("torch", "transformers", "deepspeed", "vllm", "llama_cpp")
 HELP_CPU_S = 0.4
 VERIFY_CPU_S = 0.5
