@@ -1,7 +1,7 @@
 """What is done to runs, engines, agents and files, how often, and how often it was survived: the table of docs/reliability.md.
 
     python -m benchmarks.faults run [--out FILE] [-- PYTEST ARGUMENTS]     cause the faults, one JSON line a test
-    python -m benchmarks.faults report                                     the table, from benchmarks/results/faults.jsonl
+    python -m benchmarks.faults report                                     the table, from benchmarks/results/faults.jsonl alone
 
 `HETERO_RL_TESTS_FAULTS` is how often each kind is caused, `HETERO_RL_TESTS_FUZZ` how many inputs each reader gets.
 """
@@ -24,6 +24,8 @@ from deploy_targets.hardware import describe_machine, package_versions
 
 OUT = RESULTS / "faults.jsonl"
 ROOT = RESULTS.parent.parent
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- faults: made by python -m benchmarks.faults report -->\n", "<!-- end of faults -->\n"
 FEWEST, INPUTS = 50, 100_000
 Line = dict[str, Any]
 SHOWN = ("torch", "deepspeed", "onnxruntime", "vllm")
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
             out, rest = Path(rest[1]), rest[2:]
         return run(out, [argument for argument in rest if argument != "--"])
     if arguments == ["report"]:
-        print("\n".join(table(read(OUT))))
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), read(OUT)), "utf-8")
         return 0
     print(__doc__, file=sys.stderr)
     return 2
@@ -72,6 +74,15 @@ def main(arguments: list[str]) -> int:
 
 def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def with_table(page: str, lines: Iterable[Line]) -> str:
+    """`page` with the table between its markers. Raises `SystemExit` where it has lost them."""
+    before, found, rest = page.partition(BEGIN)
+    _, also_found, after = rest.partition(END)
+    if not (found and also_found):
+        raise SystemExit(f"{PAGE} has lost the markers of its table; put them back")
+    return "\n".join([before + BEGIN, *table(lines), "", END]) + after
 
 
 def table(lines: Iterable[Line]) -> list[str]:
