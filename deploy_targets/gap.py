@@ -48,6 +48,7 @@ class Gap:
     `learner_logps`, `engine_logps`: float64 [num_tokens], nats. `greedy_agrees`: bool [num_tokens]. `token_ids`: int32 [num_tokens].
     `sequence`: int [num_tokens], rising from 0 without a hole. `position` (in the response): int [num_tokens].
     `nonfinite`, `scored`: int [num_replayed], tokens without a finite engine log-prob and all tokens, of each sequence replayed.
+    `num_different`: how many of the sequences replayed differ from each other; None where that is not known.
     `fp32_logps`, `entropy`: float64 [num_tokens], nats, as `LearnerDetails` has them; None where not every probe has details.
     """
 
@@ -61,6 +62,7 @@ class Gap:
     scored: NDArray[np.int_]
     fp32_logps: Floats | None = None
     entropy: Floats | None = None
+    num_different: int | None = None
 
     @classmethod
     def of(cls, probes: Sequence[Probe], scores: Sequence[TokenScores]) -> Gap:
@@ -85,6 +87,7 @@ class Gap:
             scored=lengths,
             fp32_logps=_joined((said.logps_fp32 for said in details), np.float64)[finite] if has_details else None,
             entropy=_joined((said.entropy for said in details), np.float64)[finite] if has_details else None,
+            num_different=len({probe.sequence for probe in probes}),
         )
 
     @property

@@ -4,7 +4,7 @@ A gate has three levels, and holds the interval of a measure against two bounds:
 
     fail        the whole interval lies beyond the fail bound
     undecided   the value lies beyond the fail bound but its interval does not; or the value lies beyond the warn bound, and the interval
-                reaches beyond fail and rests on fewer than 30 sequences; or there are fewer than 200 tokens or 8 sequences, or none
+                reaches beyond fail and rests on fewer than 30 sequences; or there are fewer than 200 tokens or 8 (different) sequences
     warn        the value lies beyond the warn bound
     pass        it does not
 
@@ -366,8 +366,11 @@ def _nonfinite_gate(gaps: Sequence[Gap], confidence: float | None) -> Gate:
 
 def _too_few(gap: Gap) -> str:
     """Why the probes decide nothing, or an empty string; too few sequences are every gate's own matter."""
-    few = gap.num_tokens < MIN_PROBE_TOKENS
-    return f"; only {gap.num_tokens} finite probe tokens, {MIN_PROBE_TOKENS} are needed to decide" if few else ""
+    if gap.num_tokens < MIN_PROBE_TOKENS:
+        return f"; only {gap.num_tokens} finite probe tokens, {MIN_PROBE_TOKENS} are needed to decide"
+    if gap.num_different is not None and gap.num_different < MIN_SEQUENCES <= gap.num_sequences:
+        return f"; the probes are {gap.num_different} different sequences over and over, {MIN_SEQUENCES} are needed to decide"
+    return ""
 
 
 def _in_units_of(measured: Measure, tolerance: float) -> Measure:

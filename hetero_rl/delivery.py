@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from deploy_targets.artifact import MANIFEST_FILE, Manifest, check_artifact
 from deploy_targets.catalog import open_engine
-from deploy_targets.errors import UsageError
+from deploy_targets.errors import ArtifactError, UsageError
 from deploy_targets.protocols import Engine
 from deploy_targets.signing import check_private_key, check_public_key, sign_artifact, verify_artifact
 from deploy_targets.types import Server
@@ -20,6 +20,9 @@ from hetero_rl.run_folder import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_FOREIGN = "What another tool made is held against probes of its model: give --probes FILE (hetero-rl probe MODEL) and --target NAME"
 
 
 def sign_and_pack(console: Console, folder: Path, bundle: Path | None, sign: Path | None) -> None:
@@ -62,12 +65,18 @@ def checked_artifact(path: Path, keep: Path | None, trust: Trust, stack: ExitSta
     if not path.is_file():
         if keep is not None:
             raise UsageError(f"--keep unpacks a bundle, and {path} is none")
+        if path.is_dir() and not (path / MANIFEST_FILE).exists():
+            raise ArtifactError(
+                f"{path} has no {MANIFEST_FILE}, which an export writes last: it did not finish, or this is no artifact of an export. {_FOREIGN}"
+            )
         manifest = check_artifact(path)
         if trust.public_key is not None:
             verify_artifact(path, trust.public_key)
         return path, manifest
     from deploy_targets.bundle import unpack_bundle
 
+    if path.suffix == ".gguf":
+        raise ArtifactError(f"{path} is a GGUF file, not a bundle. {_FOREIGN}")
     if keep is not None and keep.exists():
         raise UsageError(f"{keep} exists already; give another --keep")
     check_output(keep, "--keep")

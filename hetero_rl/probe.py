@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_targets.errors import ListedError, UsageError
+from deploy_targets.gates import MIN_SEQUENCES
 from deploy_targets.memory import max_tokens
 from deploy_targets.preflight import check_model
 from deploy_targets.probes import KINDS, ProbeSet
@@ -70,6 +71,11 @@ def record_model(
     model = ReadOnlyModel(model_dir, config.learner, config.loop.temperature)
     sampling = Sampling(config.loop.max_response_tokens, config.loop.temperature, config.loop.seed, stop_tokens(model_dir, tokenizer))
     policy, greedy = sampled(model, prompts.tokens, sampling, spec)
+    if (num_different := len(set(policy))) < MIN_SEQUENCES:
+        raise UsageError(
+            f"the model's samples are {num_different} different sequences over and over (prompts: {prompts.source}), and a verdict cannot "
+            "rest on that. Give prompts that it has more to say about: --prompts FILE"
+        )
     probes = make_probes(spec, model, policy, greedy, max_len=limit, ordinary_ids=vocabulary.ordinary_ids, seed=config.loop.seed)
     probe_set = ProbeSet(
         probes,

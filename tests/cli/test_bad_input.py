@@ -278,7 +278,9 @@ def test_response_longer_than_the_target_serves(tmp_path: Path) -> None:
 def test_artifact_that_is_none(tmp_path: Path) -> None:
     fails(hetero_rl("verify-deploy", "nowhere", cwd=tmp_path), 1, "nowhere does not exist")
     (tmp_path / "empty").mkdir()
-    fails(hetero_rl("verify-deploy", "empty", cwd=tmp_path), 1, "manifest.json")
+    fails(hetero_rl("verify-deploy", "empty", cwd=tmp_path), 1, "manifest.json", "--probes FILE")
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    fails(hetero_rl("verify-deploy", "some.gguf", cwd=tmp_path), 1, "GGUF", "--probes FILE")
 
 
 def test_every_tampered_file_of_an_artifact_is_named(tmp_path: Path, tiny_models: TinyModels) -> None:

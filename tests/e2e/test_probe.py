@@ -14,6 +14,7 @@ from deploy_targets.probes import KINDS, LearnerDetails, Probe, read_probes
 from deploy_targets.profile import load_profile
 from hetero_rl.model import resolve_model
 from tests.command_line import fails, hetero_rl, with_settings
+from tests.conftest import TinyModels
 from tests.foreign_artifacts import by_compressed_tensors, by_llama_cpp, by_onnx_builder, worse_copy
 from tests.skips import skip_unless_it_runs_here
 
@@ -100,15 +101,16 @@ def verified(artifact: Path, target: str, probes: Path, cwd: Path) -> tuple[Any,
     return result, json.loads((cwd / "v.json").read_text())
 
 
-def test_a_model_in_its_own_words(tmp_path: Path) -> None:
+def test_a_model_in_its_own_words(tiny_models: TinyModels, tmp_path: Path) -> None:
     """No prompts: the model goes on from the token that begins a text; a task's prompts come from a config."""
-    alone = hetero_rl("probe", "demo", "--out", "a.st", "--tokens", "512", cwd=tmp_path)
+    model = tiny_models("qwen3")
+    alone = hetero_rl("probe", model, "--out", "a.st", "--tokens", "512", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert "none: the model's own samples after" in alone.stdout
     found = read_probes(tmp_path / "a.st")
     assert {p.sequence.prompt_len for p in found.of_kind("policy").probes} == {1}
     assert 300 < found.num_scored("policy") < 32 * 64
-    again = hetero_rl("probe", "demo", "--out", "b.st", "--tokens", "512", cwd=tmp_path)
+    again = hetero_rl("probe", model, "--out", "b.st", "--tokens", "512", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [p.sequence for p in found.probes] == [p.sequence for p in read_probes(tmp_path / "b.st").probes]
     settings = with_settings("task.digits=2", "loop.temperature=0.5")
@@ -117,3 +119,6 @@ def test_a_model_in_its_own_words(tmp_path: Path) -> None:
     assert "held-out problems of the task" in task.stdout
     assert read_probes(tmp_path / "c.st").temperature == 0.5
     fails(hetero_rl("probe", "demo", "--out", "c.st", cwd=tmp_path), 2, "c.st exists already")
+    # After nothing at all the demo model ends the text, always: thousands of samples, and nothing known.
+    silent = hetero_rl("probe", "demo", "--out", "d.st", "--tokens", "512", cwd=tmp_path)
+    fails(silent, 2, "1 different sequences over and over", "--prompts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,15 @@ def test_an_undecided_gate_says_what_would_decide() -> None:
 @pytest.fixture(scope="module")
 def manifest(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return make_artifact(tiny_models("qwen2"), tmp_path_factory.mktemp("gates") / "artifact", tolerance=0.1)
+
+
+def test_the_same_sequences_over_and_over_decide_nothing(manifest: Manifest) -> None:
+    """However many, of however narrow an interval: a model that has one thing to say is known by one thing."""
+    p = np.full(400, 0.5)
+    for num_different, verdict in ((7, "undecided"), (8, "pass"), (None, "pass")):
+        gates = gates_of(manifest, replace(make_gap(p, p, num_sequences=100), num_different=num_different))
+        assert {gates[name].verdict for name in ("gap_mean", "kl_k3", "greedy_agreement")} == {verdict}
+    assert "7 different sequences" in gates_of(manifest, replace(make_gap(p, p, num_sequences=100), num_different=7))["gap_mean"].detail
 
 
 def gates_of(manifest: Manifest, gap: Gap, task: TaskResult | None = None, **options: Any) -> dict[str, Gate]:
