@@ -19,7 +19,7 @@ from hetero_rl.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SIDES = {"sync": ("sync", 0), "one_step_off": ("one_step_off", 0), "one_step_off, one thread each": ("one_step_off", 1)}
-"""Side -> schedule, and threads of engine and learner (0: `--threads`)."""
+"""Side -> schedule, and threads of the learner and of the engine each (0: `--threads`)."""
 
 
 def step_seconds(target: str, schedule: str, threads: int, num_steps: int) -> float:
@@ -29,7 +29,13 @@ def step_seconds(target: str, schedule: str, threads: int, num_steps: int) -> fl
         f"evaluation.every_steps={num_steps}", "evaluation.num_problems=8", "evaluation.num_final_problems=8",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hetero_rl", "train", "--target", target, "--run-dir", f"{folder}/run"]
+        profile = Path(folder) / "target.toml"
+        # OMP_NUM_THREADS is the learner's alone: an engine takes every core where its profile says nothing else.
+        profile.write_text(
+            f'name = "{target}-threads"\ndescription = "{target}, {threads} threads"\nextends = "{target}"\n'
+            f"engine.options.num_threads = {threads}\n"
+        )
+        command = [sys.executable, "-m", "hetero_rl", "train", "--target", str(profile), "--run-dir", f"{folder}/run"]
         command += [part for setting in settings for part in ("--set", setting)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         subprocess.run(command, env=environment, check=True, capture_output=True)

@@ -23,6 +23,7 @@ SCRIPTS = (
     "publish_vs_restart",
     "quantizers",
     "rollout",
+    "scaling",
     "schedule",
     "step_vs_trl",
     "verification",
@@ -51,7 +52,7 @@ def test_shipped_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["arithmetic", "attention", "constraint_cost"])
+@pytest.mark.parametrize("name", ["arithmetic", "attention", "constraint_cost", "scaling"])
 def test_quick_run(name: str, tmp_path: Path) -> None:
     out = tmp_path / "nested" / "record.json"
     done = subprocess.run(
@@ -69,7 +70,7 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_is_explained(name: str) -> None:
     assert f"python -m benchmarks.{name}" in (ROOT / "benchmarks" / "README.md").read_text("utf-8")
-    assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+    assert (ROOT / "benchmarks" / f"{name}.py").is_file() or (ROOT / "benchmarks" / name / "__main__.py").is_file()
 
 
 def test_measurement() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from deploy_targets.errors import EngineError
 from deploy_targets.types import Generation, Sampling
 from hetero_rl.config import LoopConfig
 from hetero_rl.errors import RewardError
-from hetero_rl.rollout import collect, train_sequences
+from hetero_rl.rollout import collect, sample, train_sequences
 from hetero_rl.tasks.base import Problem
 from hetero_rl.types import Rollouts
 
@@ -75,3 +78,16 @@ def test_flat_groups_are_replaced(rounds: int) -> None:
     assert found.num_tokens == 8 + 2 * found.num_replaced
     assert len(set(task.asked)) == rounds + 1
     assert laps == ["perf/rollout_s", "perf/reward_s"] * (rounds + 1)
+
+
+def test_responses_of_several_versions_are_no_batch() -> None:
+    """No response is begun under one version and ended under another: each has one, and all of a batch have the same."""
+
+    class Updated(Echo):
+        def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[Generation]:
+            *old, new = super().generate(prompts, sampling)
+            return [*old, replace(new, weight_version=4)]
+
+    task = Counting()
+    with pytest.raises(EngineError, match=r"several weight versions: \[3, 4\]"):
+        sample(Updated(), task, task.train_problems(0, 2), 2, Sampling(max_tokens=1))  # type: ignore[arg-type]
