@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from deploy_targets.catalog import make_quantizer
-from deploy_targets.errors import UsageError
 from deploy_targets.profile import TargetProfile
 from hetero_rl.config import RunConfig
 from hetero_rl.errors import RankError
@@ -58,8 +57,10 @@ def follow_run(config: RunConfig, profile: TargetProfile, store: Any = None) -> 
 class _Rank:
     """The actor of one rank."""
 
-    def follow(self, rank: int, variables: Mapping[str, str], config: str, profile: str) -> None:
+    def follow(self, rank: int, folder: str, variables: Mapping[str, str], config: str, profile: str) -> None:
         quieten()
+        # Paths of config and checkpoints may be relative to where the command was given.
+        os.chdir(folder)
         os.environ.update({**variables, "RANK": str(rank)})
         run, target = RunConfig.model_validate_json(config), TargetProfile.model_validate_json(profile)
         check_inputs(run, target)
@@ -74,7 +75,7 @@ class _Rank:
 def ranks_on_ray(config: RunConfig, profile: TargetProfile) -> Iterator[None]:
     """This process is rank 0 of `learner.num_ranks`, the others are actors: within the context, a `Learner` is one on all of them.
 
-    Raises `UsageError` where the cluster has no room for them, and `RankError`, with what Ray knows of it, where one ends.
+    Raises `RankError` where the cluster has no room for them, and, with what Ray knows of it, where one ends.
     """
     ray, table, num_ranks = connect(config.ray), config.ray, config.learner.num_ranks
     host = str(ray.util.get_node_ip_address())
@@ -84,7 +85,7 @@ def ranks_on_ray(config: RunConfig, profile: TargetProfile) -> Iterator[None]:
     actors: list[Any] = []
     try:
         if not group.wait(table.start_timeout_s):
-            raise UsageError(
+            raise RankError(
                 f"the Ray cluster had no room for {num_ranks} ranks of {table.cpus_per_rank} CPUs and {table.gpus_per_rank} GPUs within "
                 f"ray.start_timeout_s = {table.start_timeout_s:g}, the first of them on this node: others hold it, or no node is large "
                 "enough (`ray status`)"
@@ -98,7 +99,7 @@ def ranks_on_ray(config: RunConfig, profile: TargetProfile) -> Iterator[None]:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         variables = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": host, "MASTER_PORT": str(store.port)}
         actors += [ray.remote(_Rank).options(**options).remote() for options in rooms[1:]]
-        given = variables, config.model_dump_json(), profile.model_dump_json()
+        given = os.getcwd(), variables, config.model_dump_json(), profile.model_dump_json()
         ends = [actor.follow.remote(rank, *given) for rank, actor in enumerate(actors, 1)]
         try:
             _await(ray, ends, store, table.start_timeout_s)
@@ -108,7 +109,8 @@ def ranks_on_ray(config: RunConfig, profile: TargetProfile) -> Iterator[None]:
 
             join(backend(), store)
             yield
-        except (RankError, RuntimeError) as error:
+        except Exception as error:
+            # What fails here first may be a checkpoint, a publish or the process group, and is none of their faults.
             _raise_if_ended(ray, ends, LAST_WORDS_S, error)
             raise
         if ends:
@@ -156,7 +158,8 @@ def _raise_if_ended(ray: Any, ends: Sequence[Any], timeout_s: float, seen_as: Ex
         try:
             ray.get(end)
         except ray.exceptions.RayError as error:
-            # What a task raised comes with its traceback, the error last; why an actor died comes as a paragraph.
-            said = str(error).strip()
-            why = " ".join((said.splitlines()[-1] if "Traceback" in said else said).split())
-            raise RankError(f"rank {list(ends).index(end) + 1} on Ray ended: {why}. --resume goes on from the last checkpoint") from seen_as
+            from deploy_targets.engines.on_ray import reason
+
+            raise RankError(
+                f"rank {list(ends).index(end) + 1} on Ray ended: {reason(error)}. --resume goes on from the last checkpoint"
+            ) from seen_as

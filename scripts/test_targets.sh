@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HETERO_RL_TESTS_TARGET_STEPS=${HETERO_RL_TESTS_TARGET_STEPS:-20}
-exec bash scripts/test.sh -m "variant or not variant" tests/contract tests/e2e/test_targets.py tests/e2e/test_model_families.py tests/e2e/test_plugin.py "$@"
+exec bash scripts/test.sh -m "variant or not variant" tests/contract tests/e2e/test_targets.py tests/e2e/test_model_families.py tests/e2e/test_plugin.py tests/e2e/test_ranks.py "$@"

@@ -105,7 +105,15 @@ class RayEngine:
                 raise EngineError(f"engine {self._name!r} on Ray did not answer {call!r} within {timeout_s:g} s{free}") from None
             except RayError as failure:
                 self.close()
-                raise EngineError(f"engine {self._name!r} on Ray died during {call!r}: {' '.join(str(failure).split())}") from failure
+                raise EngineError(f"engine {self._name!r} on Ray died during {call!r}: {reason(failure)}") from failure
         if error is None:
             return answer
         raise unpack_error(error) or EngineError(f"engine {self._name!r} on Ray raised {error['class']} in {call!r}: {error['message']}")
+
+
+def reason(error: RayError) -> str:
+    """What Ray knows, in a line: the error at the end of a task's traceback, or how an actor died, without advice."""
+    said = str(error).strip()
+    if "Traceback" in said:
+        said = said.splitlines()[-1]
+    return " ".join(said.partition("Some common causes")[0].split()).rstrip(".")

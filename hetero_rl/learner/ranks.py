@@ -123,10 +123,10 @@ class Ranks:
         """Do what `call` does, on rank 0 after telling the others; calls within calls are theirs already."""
         if self.size == 1:
             return call()
-        if self.leads and self._depth == 0:
-            self.tell(*words)
         self._depth += 1
         try:
+            if self.leads and self._depth == 1:
+                self.tell(*words)
             return call()
         except RuntimeError as error:
             if "closed by peer" in str(error) or "Connection reset" in str(error):

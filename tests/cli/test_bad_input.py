@@ -378,3 +378,18 @@ def test_settings_without_effect_are_named(tmp_path: Path) -> None:
 )
 def test_output_that_cannot_be_written_is_found_first(command: tuple[str, ...], tmp_path: Path) -> None:
     fails(hetero_rl(*command, cwd=tmp_path), 2, "there is no folder nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        (("learner.offload=cpu",), ("learner.offload = 'cpu' has nothing to move under learner.zero_stage = 0",)),
+        (("learner.zero_stage=2", "learner.offload=cpu", "learner.offload_weights=true"), ("learner.offload_weights goes with",)),
+        (("learner.zero_stage=2", "learner.offload=nvme", "learner.nvme_path=disk"), ("needs learner.zero_stage = 3, not 2",)),
+        (("learner.zero_stage=3", "learner.offload=nvme"), ("learner.nvme_path and learner.offload = 'nvme' go together",)),
+        (("learner.zero_stage=3", "learner.offload=nvme", "learner.nvme_path=disk"), ("'disk' is no folder that can be written",)),
+        (("learner.num_ranks=2",), ("learner.num_ranks = 2 is for learner.launcher = 'ray'",)),
+    ],
+)
+def test_offload_and_ranks_that_contradict_themselves(settings: tuple[str, ...], fragments: tuple[str, ...], tmp_path: Path) -> None:
+    fails(hetero_rl("train", *with_settings(*settings), cwd=tmp_path), 2, *fragments)

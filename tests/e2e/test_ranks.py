@@ -40,8 +40,19 @@ def by_ranks(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 def test_two_ranks_do_what_one_does(by_ranks: dict[int, dict[str, Any]], stage: str) -> None:
+    agree(by_ranks[1][stage], by_ranks[2][stage])
+
+
+@pytest.mark.variant
+def test_four_ranks_do_what_one_does(by_ranks: dict[int, dict[str, Any]], tiny_models: TinyModels, tmp_path: Path) -> None:
+    four = run_ranks(4, tiny_models("qwen3"), tmp_path / "4")
+    for stage in ("0", "1", "2", "3"):
+        agree(by_ranks[1][stage], four[stage])
+        assert len({(tmp_path / "4" / f"lambdas-{stage}-{rank}").read_text() for rank in range(4)}) == 1
+
+
+def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     """The first update sees the same weights: what differs is the order of sums. Later ones start from weights rounded to bf16."""
-    one, two = by_ranks[1][stage], by_ranks[2][stage]
     assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-5)
     assert two["gaps"][0] == pytest.approx(one["gaps"][0], rel=1e-5)
     assert two["grad_norms"][0] == pytest.approx(one["grad_norms"][0], rel=1e-2)

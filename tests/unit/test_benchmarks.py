@@ -22,6 +22,7 @@ SCRIPTS = (
     "publish_targets",
     "publish_vs_restart",
     "quantizers",
+    "ranks",
     "rollout",
     "scaling",
     "schedule",
