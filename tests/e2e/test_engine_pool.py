@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ from hetero_rl.metrics import METRICS, read_metrics
 from tests.agents import agent_process, kill_group, until_it_listens
 from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
 from tests.ports import free_port
+from tests.wire import Wire
 
 NUM_STEPS = 12
 TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, f"loop.num_steps={NUM_STEPS}", "learner.zero_stage=0"))
@@ -82,44 +81,6 @@ def test_agents_elsewhere_may_die_or_be_cut_off(undisturbed: list[dict[str, floa
     assert (last["step"], last["engines/serving"]) == (NUM_STEPS, 1)
     for port in (ports[0], wire.port):
         assert f"engine http://127.0.0.1:{port} is out" in out
-
-
-class Wire:
-    """A way to a port of this machine that can be cut."""
-
-    def __init__(self, port: int) -> None:
-        self._to, self._ends = port, list[socket.socket]()
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, far = self._server.accept()[0], socket.create_connection(("127.0.0.1", self._to))
-                self._ends += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def cut(self) -> None:
-        """Nothing passes any more, in the middle of what did."""
-        for end in (self._server, *self._ends):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # wakes who waits on it; a mere close would not
-            end.close()
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.cut()
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
