@@ -367,11 +367,17 @@ class EngineEntry(_Table):
     """`[[engines]]`: an engine of the pool that makes the rollouts. Without any there is one, on this machine."""
 
     url: str | None = None
-    """Address of a `hetero-rl target-agent`; unset: on this machine, in a process of its own."""
+    """Address of a `hetero-rl target-agent`, or of the `server`; unset: on this machine, in a process of its own."""
+    server: Literal["agent", "vllm"] = "agent"
+    """What answers at `url`: `vllm` is a vLLM server that runs already and is given the weights by its RL endpoints."""
     token_file: Path | None = None
-    """File that holds the agent's token."""
+    """File that holds the agent's token, or the server's `--api-key` where it has one."""
     ca_file: Path | None = None
-    """Certificate (PEM) that the agent's is signed by, where that is not one this machine trusts."""
+    """Certificate (PEM) that the agent's or server's is signed by, where that is not one this machine trusts."""
+    folder: Path | None = None
+    """With `server = "vllm"`: folder on a filesystem that the server sees too, for the weights; unset: `updates` in the run folder."""
+    folder_there: str | None = None
+    """The path of `folder` on the server's machine, where it is another."""
     count: int = Field(1, ge=1)
     """So many of them, without `url`."""
     placement: Literal["here", "ray"] = "here"
@@ -382,13 +388,18 @@ class EngineEntry(_Table):
         """A count of one address, or a token for this very process, would be ignored."""
         if self.url is not None and self.count > 1:
             raise ValueError("one url is one agent: leave out count, and give each agent its own [[engines]]")
-        given = [name for name in ("token_file", "ca_file") if getattr(self, name) is not None]
+        given = [name for name in ("server", "token_file", "ca_file", "folder", "folder_there") if name in self.model_fields_set]
         if self.url is None and given:
-            raise ValueError(f"{' and '.join(given)} belong to an agent: give its url")
-        if self.url is not None and self.token_file is None:
-            raise ValueError("an agent wants its token: give token_file")
+            raise ValueError(f"{' and '.join(given)} belong to an agent or a server: give its url")
+        if self.url is not None and self.server == "agent":
+            if self.token_file is None:
+                raise ValueError('an agent wants its token: give token_file, or server = "vllm" where a vLLM server answers')
+            if self.folder or self.folder_there:
+                raise ValueError('an agent is sent the weights: folder and folder_there are for server = "vllm"')
+        if self.folder_there is not None and self.folder is None:
+            raise ValueError("folder_there is the path of a folder: give folder, its path on this machine")
         if self.url is not None and self.placement == "ray":
-            raise ValueError("an agent is where its url says: leave out placement")
+            raise ValueError("an agent or a server is where its url says: leave out placement")
         return self
 
 

@@ -22,7 +22,7 @@ StartEngine = Callable[[Path, int], Engine]
 def engine_starter(config: RunConfig, profile: TargetProfile, vocab_size: int, say: Callable[[str], None]) -> StartEngine:
     """What starts the engine; `say` is told who of a pool is out or back. Answers are checked, up to the `vocab_size` of the learner.
 
-    Raises `UsageError` for a token file that cannot be read.
+    Raises `UsageError` for a token file that cannot be read, and for a vLLM server in the pool of a target of another engine.
     """
     if not config.engines:
         return _checked(partial(open_engine, profile), vocab_size)
@@ -74,11 +74,10 @@ def _on_ray(config: RunConfig, profile: TargetProfile, folder: Path, weight_vers
 
 
 def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> StartEngine:
-    assert entry.token_file is not None
-    try:
-        token = entry.token_file.read_text("utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"the token file {entry.token_file} of engine {url} cannot be read: {error.strerror}") from None
+    token = None if entry.token_file is None else _read_token(url, entry.token_file)
+    if entry.server == "vllm":
+        return _vllm_server(url, token, entry, profile, deadline_s)
+    assert token is not None
 
     def start(folder: Path, weight_version: int) -> Engine:
         from deploy_targets.engines.remote import RemoteEngine
@@ -86,3 +85,27 @@ def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: fl
         return RemoteEngine(profile, folder, weight_version, url=url, token=token, ca_file=entry.ca_file, call_timeout_s=deadline_s)
 
     return start
+
+
+def _vllm_server(url: str, api_key: str | None, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> StartEngine:
+    if profile.engine.name != "vllm":
+        raise UsageError(f"target {profile.name!r} is for {profile.engine.name}, not for the vLLM server at {url}; take a vLLM target")
+    if profile.engine.publish == "rebuild":
+        raise UsageError(f"target {profile.name!r} rebuilds its engine for every update, and the vLLM server at {url} is not ours to start")
+
+    def start(folder: Path, weight_version: int) -> Engine:
+        from deploy_targets.engines.remote_vllm import RemoteVllmEngine
+
+        return RemoteVllmEngine(
+            profile, folder, weight_version, url=url, api_key=api_key, ca_file=entry.ca_file,
+            folder=entry.folder, folder_there=entry.folder_there, call_timeout_s=deadline_s,
+        )  # fmt: skip
+
+    return start
+
+
+def _read_token(url: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the token file {path} of engine {url} cannot be read: {getattr(error, 'strerror', None) or error}") from None

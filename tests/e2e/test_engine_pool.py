@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ from hetero_rl.metrics import METRICS, read_metrics
 from tests.agents import agent_process, kill_group, until_it_listens
 from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
 from tests.ports import free_port
+from tests.wire import Wire
 
 NUM_STEPS = 12
 TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, f"loop.num_steps={NUM_STEPS}", "learner.zero_stage=0"))
@@ -99,44 +98,6 @@ def test_a_resume_may_have_another_number_of_engines(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert exact(tmp_path / "run")[:2] == rows[:2]
     assert [row["engines/serving"] for row in read_metrics(tmp_path / "run")[1:]] == [2, 2, 1]
-
-
-class Wire:
-    """A way to a port of this machine that can be cut."""
-
-    def __init__(self, port: int) -> None:
-        self._to, self._ends = port, list[socket.socket]()
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, far = self._server.accept()[0], socket.create_connection(("127.0.0.1", self._to))
-                self._ends += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def cut(self) -> None:
-        """Nothing passes any more, in the middle of what did."""
-        for end in (self._server, *self._ends):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # wakes who waits on it; a mere close would not
-            end.close()
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.cut()
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from deploy_targets.agent import service
 from deploy_targets.agent.command import parse_binding, read_token
 from deploy_targets.agent.service import NUM_WRONG_TOKENS
 from deploy_targets.catalog import open_engine_here
@@ -31,6 +33,7 @@ from deploy_targets.weights_file import sha256_of, write_weights
 from tests.agents import TOKEN, Agent, running_agent
 from tests.conftest import TinyModels
 from tests.onnx_artifacts import checkpoint, make_artifact, quantizer
+from tests.wire import Wire
 
 PROFILE = load_profile("int4-onnx")
 PROMPTS = [[5, 6, 7], [8], [8], [30, 29]]
@@ -162,6 +165,50 @@ def test_a_body_that_is_cut_off_changes_nothing(engine: RemoteEngine, agent: Age
     assert [g.tokens.tolist() for g in engine.generate(PROMPTS, Sampling(5))] == expected
     engine.update(WeightFile(weights, 4))
     assert not list(agent.host._files.glob("*.partial"))
+
+
+@pytest.mark.fault("agent: the network breaks amid an update")
+@pytest.mark.parametrize("num_bytes", [0, 100, 20_000])
+def test_a_network_that_breaks_in_the_middle_of_an_update(agent: Agent, folder: Path, model: Path, tmp_path: Path, num_bytes: int) -> None:
+    """What is served stays as it was, and once the network is back the same engine takes the same update."""
+    weights = moved(model, tmp_path / "next", 0.5)
+    here = open_engine_here(PROFILE, folder, 3)
+    with Wire(int(agent.url.rpartition(":")[2])) as wire:
+        engine = RemoteEngine(PROFILE, folder, 3, url=f"http://127.0.0.1:{wire.port}", token=TOKEN)
+        assert len(b"".join(packed(weights, folder / WEIGHTS_FILE))) > 30_000, "the break would come after the end"
+        assert engine.score(SEQUENCES)[0].weight_version == 3
+        wire.bytes_left = num_bytes
+        with pytest.raises(EngineError, match="cannot be reached"):
+            engine.update(WeightFile(weights, 4))
+        assert wire.num_breaks >= 1
+        assert (engine.weight_version, agent.host.weight_version, agent.host.has(sha256_of(weights))) == (3, 3, False)
+        wire.bytes_left = None
+        for version in (3, 4):
+            for ours, theirs in zip(here.score(SEQUENCES), engine.score(SEQUENCES), strict=True):
+                np.testing.assert_array_equal(ours.logps, theirs.logps)
+                assert theirs.weight_version == version
+            if version == 3:
+                assert here.update(WeightFile(weights, 4)) == engine.update(WeightFile(weights, 4)) == 4
+        engine.close()
+    here.close()
+    assert not list(agent.host._files.glob("*.partial"))
+
+
+@pytest.mark.fault("agent: oversized request")
+def test_a_request_is_as_long_as_allowed_at_most(engine: RemoteEngine, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_JSON_BYTES", 10_000)
+    assert_says(post(agent, "score", {"lease": "x" * 10_001}), "a request of more than 10000 bytes", 413)
+    assert engine.score(SEQUENCES)[0].weight_version == 3
+
+
+@pytest.mark.fault("agent: garbage bytes that are no HTTP")
+def test_what_is_no_http(engine: RemoteEngine, agent: Agent) -> None:
+    for garbage in (b"\x16\x03\x01\x02\x00" * 50, os.urandom(4096), b"POST / HTTP/9.9\r\n\r\n", b"\x00" * 70_000):
+        with socket.create_connection(("127.0.0.1", int(agent.url.rpartition(":")[2])), 10) as connection, suppress(ConnectionError):
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            assert b" 200 " not in connection.recv(100)
+    assert engine.score(SEQUENCES)[0].weight_version == 3
 
 
 @pytest.mark.fault("agent: garbage or damaged bytes for a file")

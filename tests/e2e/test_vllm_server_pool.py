@@ -1,0 +1,131 @@
+"""vLLM's own server, started by somebody else, in the pool of a run: it is given the weights, samples, and is left with what ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from deploy_targets.catalog import make_quantizer
+from deploy_targets.engines.http_json import JsonServer
+from deploy_targets.engines.remote_vllm import RemoteVllmEngine
+from deploy_targets.engines.server import ServerEngine
+from deploy_targets.errors import EngineError, UsageError
+from deploy_targets.profile import load_profile
+from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFile
+from deploy_targets.weights_file import sha256_of, write_version
+from hetero_rl.metrics import read_metrics
+from hetero_rl.model import resolve_model
+from tests.command_line import SHORT_RUN, hetero_rl, with_settings
+from tests.vllm_server import vllm_server
+
+pytest.importorskip("vllm.version")
+PROFILE = load_profile("int4-vllm")
+KEY = "secret"
+PROMPTS = [[3, 4, 5], [3, 4, 5], [6], [7, 8]]
+SEQUENCES = [TokenSequence((3, 4, 5, 6, 7, 8), 1)]
+
+
+@dataclass
+class Served:
+    """A server, and the folder that it was started on."""
+
+    url: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Started as docs/scale.md says, on the demo's model before any step."""
+    folder, model = tmp_path_factory.mktemp("server") / "start", resolve_model("demo")
+    folder.mkdir()
+    tensors = load_file(model / WEIGHTS_FILE)
+    quantizer = make_quantizer(PROFILE, model)
+    write_version(folder / WEIGHTS_FILE, quantizer, tensors.items(), model, 4 * len(tensors) + 16)
+    quantizer.scaffold(model, folder)
+    options = ("--api-key", KEY, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "4096")
+    with vllm_server(PROFILE, folder, folder.parent / "serve.log", *options, VLLM_SERVER_DEV_MODE="1") as url:
+        yield Served(url, folder)
+
+
+@pytest.fixture
+def engine(server: Served, tmp_path: Path) -> Iterator[RemoteVllmEngine]:
+    opened = RemoteVllmEngine(PROFILE, server.folder, 3, url=server.url, api_key=KEY, folder=tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.slow
+def test_what_it_samples_it_scores_alike(engine: RemoteVllmEngine, tmp_path: Path) -> None:
+    """At a temperature at which log-probs before and after it differ; each call draws by its seed, and each draw by its own."""
+    prompts = PROMPTS + [[9]] * 8
+    sampling = Sampling(6, 0.7, 11)
+    made = engine.generate(prompts, sampling)
+    assert [list(one.prompt) for one in made] == prompts
+    for one, scores in zip(made, engine.score([one.sequence for one in made], 0.7), strict=True):
+        np.testing.assert_allclose(one.logps, scores.logps, atol=0.1)
+        assert (one.weight_version, one.temperature, one.finish_reason, len(one.tokens)) == (3, 0.7, "length", 6)
+    drawn = [tuple(one.tokens.tolist()) for one in made]
+    assert drawn == [tuple(one.tokens.tolist()) for one in engine.generate(prompts, sampling)]
+    assert drawn != [tuple(one.tokens.tolist()) for one in engine.generate(prompts, Sampling(6, 0.7, 12))]
+    stop = int(made[0].tokens[2])
+    ended = engine.generate(prompts, Sampling(6, 0.7, 11, (stop,)))[0]
+    assert (ended.finish_reason, ended.tokens[-1]) == ("stop", stop)
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [f"{engine._token}-3"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_it_does_not_see_costs_it_nothing(server: Served, engine: RemoteVllmEngine, tmp_path: Path) -> None:
+    before = engine.score(SEQUENCES)[0].logps
+    with pytest.raises(UsageError, match=r"cannot read /nowhere/at/all/.*`folder_there`"):
+        RemoteVllmEngine(PROFILE, server.folder, 4, url=server.url, api_key=KEY, folder=tmp_path, folder_there="/nowhere/at/all")
+    np.testing.assert_array_equal(engine.score(SEQUENCES)[0].logps, before)
+
+
+@pytest.mark.slow
+def test_who_took_it_over_is_found_out(server: Served, engine: RemoteVllmEngine, tmp_path: Path) -> None:
+    other = RemoteVllmEngine(PROFILE, server.folder, 0, url=server.url, api_key=KEY, folder=tmp_path)
+    for call in (
+        lambda: engine.score(SEQUENCES),
+        lambda: engine.generate(PROMPTS, Sampling(2)),
+        lambda: engine.update(WeightFile(server.folder / WEIGHTS_FILE, 4)),
+    ):
+        with pytest.raises(EngineError, match="another run took it over"):
+            call()
+    assert other.score(SEQUENCES)[0].weight_version == 0
+    other.close()
+
+
+@pytest.mark.slow
+def test_a_run_that_it_serves(server: Served, tmp_path: Path) -> None:
+    """Every update is proven on it, the gap stays that of the kernels, and what ships is what it serves at the end."""
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "pool.toml").write_text(f'[[engines]]\nurl = "{server.url}"\nserver = "vllm"\ntoken_file = "key"\n')
+    at_start = scores_of(server, server.folder)
+    settings = with_settings(*SHORT_RUN, "learner.lr=1e-3")
+    result = hetero_rl("train", "--target", "int4-vllm", *settings, "--config", "pool.toml", "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["weights/version"] for row in rows[1:]] == [0, 1, 2, 3]
+    assert all(row["publish/proof_gap"] < 0.02 for row in rows[1:])
+    assert all(row["engines/serving"] == 1 and row["engine/nonfinite_logprobs"] == 0 for row in rows[1:])
+    assert sha256_of(tmp_path / "run" / "serving" / WEIGHTS_FILE) == sha256_of(tmp_path / "run" / "artifact" / WEIGHTS_FILE)
+    assert not list((tmp_path / "run" / "updates").iterdir())
+    label = JsonServer(server.url, KEY, 30).get("/weight_info")["weight_version"]
+    assert label.startswith("hetero-rl ")
+    assert label.endswith(" 4")
+    verified = hetero_rl("verify-deploy", "run/artifact", "--server", server.url, cwd=tmp_path, HETERO_RL_API_KEY=KEY)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert np.abs(scores_of(server, tmp_path / "run" / "artifact") - at_start).max() > 0.01, "the weights of the start would not differ"
+
+
+def scores_of(server: Served, artifact: Path) -> np.ndarray:
+    """What it answers to anybody."""
+    asked = ServerEngine(server.url, artifact, 0, max_model_len=64, api_key=KEY)
+    scores = asked.score(SEQUENCES)[0].logps
+    asked.close()
+    return scores
