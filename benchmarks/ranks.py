@@ -22,12 +22,11 @@ HEADLINE = "loss/zero3/2"
 def run_ranks(num_ranks: int, model: Path, out: Path, num_updates: int) -> dict[str, Any]:
     """What rank 0 of so many, started by the deepspeed launcher, saw of each stage; all ranks were given the same bits of lambda."""
     out.mkdir()
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_accelerators", str(num_ranks), "--no_local_rank", "--module", "tests.rank_script"]
+    # What the command `deepspeed` runs, by this interpreter.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_ranks), "--no_local_rank"]
+    command = [*launcher, "--module", "tests.rank_script", str(model), str(out), str(num_updates)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(model), str(out), str(num_updates)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
     found: dict[str, Any] = json.loads((out / "found.json").read_text())

@@ -39,6 +39,8 @@ def ray_cluster(num_cpus: int) -> Iterator[RayCluster]:
     # Paths of sockets are short, and pytest's folders are not.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray would end a rank where other programs of this machine take its memory.
+    environment["RAY_memory_monitor_refresh_ms"] = "0"
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=0", f"--num-cpus={num_cpus}",
         f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",

@@ -16,7 +16,7 @@ from tests.ray_cluster import RayCluster, ray_cluster
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ON_RAY = '[learner]\nlauncher = "ray"\nnum_ranks = 2\nzero_stage = 3\n[[engines]]\nplacement = "ray"\n'
-NUM_STEPS = 8
+NUM_STEPS = 6
 TRAIN = ("train", "--config", "ray.toml", *with_settings(*SHORT_RUN, f"loop.num_steps={NUM_STEPS}"))
 EQUAL = ("constraint/floor", "constraint/tolerance", "reward/mean", "constraint/engine_gap", "constraint/lambda", "learner/grad_norm")
 

@@ -29,6 +29,9 @@ from tests.unit.test_benchmarks import ROOT
         (["loop.num_steps=10", "learner.warmup_steps=10"], []),
         (["pool.min_engines=1"], ["pool.min_engines"]),
         (["pool.min_engines=1", "engines=[{count = 2}]"], []),
+        (["ray.gpus_per_rank=1"], ["ray.gpus_per_rank"]),
+        (["ray.gpus_per_rank=1", "learner.launcher='ray'"], []),
+        (["ray.gpus_per_engine=1", "engines=[{placement = 'ray'}]"], []),
     ],
 )
 def test_what_is_named(settings: list[str], named: list[str]) -> None:
