@@ -201,7 +201,10 @@ class RemoteVllmEngine:
             ) from None
         started, cache = info.vllm_config.model, info.vllm_config.cache
         quantization = _quantization(artifact_dir)
-        wanted_len = read_limits(artifact_dir, options.max_model_len + 1)[0]
+        # vLLM generates a token also when it only scores, and takes no more than the model says it has positions for unless it is told.
+        wanted_len = self._max_model_len + 1
+        is_model_limit = read_limits(artifact_dir, wanted_len)[0] < wanted_len
+        override = f""" --hf-overrides '{{"max_position_embeddings": {wanted_len}}}'""" if is_model_limit else ""
         num_logprobs = self._vocab_size if self._vocab_size <= options.max_logprobs else 1
         wrong = []
         # vLLM may serve gptq as gptq_marlin.
@@ -212,7 +215,7 @@ class RemoteVllmEngine:
         if 0 <= started.max_logprobs < num_logprobs:
             wrong.append(f"it gives {started.max_logprobs} log-probs of a token, {num_logprobs} are needed: --max-logprobs {num_logprobs}")
         if model.max_model_len is None or model.max_model_len < wanted_len:
-            wrong.append(f"it takes {model.max_model_len} tokens, {wanted_len} are needed: --max-model-len {wanted_len}")
+            wrong.append(f"it takes {model.max_model_len} tokens, {wanted_len} are needed: --max-model-len {wanted_len}{override}")
         if started.dtype.removeprefix("torch.") != options.dtype:
             wrong.append(f"it computes in {started.dtype.removeprefix('torch.')}: --dtype {options.dtype}")
         if cache.cache_dtype != options.kv_cache_dtype:

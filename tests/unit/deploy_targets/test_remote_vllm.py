@@ -178,6 +178,8 @@ def test_everything_that_is_wrong_is_said_at_once(start: Callable[..., RemoteVll
     rl.info["vllm_env"]["VLLM_CPU_INT4_W4A8"] = False
     server.max_model_len = 63
     fails(UsageError, start, "raw_logits", "float32", "--max-model-len 65", "VLLM_CPU_INT4_W4A8=1")
+    server.max_model_len, at_its_limit = 512, PROFILE.model_copy(update={"max_model_len": 512})
+    fails(UsageError, lambda: start(profile=at_its_limit), """--max-model-len 513 --hf-overrides '{"max_position_embeddings": 513}'""")
     del rl.info["vllm_config"]["cache_config"]
     fails(EngineError, start, "GET /server_info", "cache_config")
 
