@@ -20,14 +20,15 @@ from benchmarks.common import RESULTS, Measurement, arguments, measurement, num_
 from benchmarks.scaling import calibrate, transfer
 from benchmarks.scaling.measure import Point, environment, one_thread, run
 from benchmarks.scaling.model import Cluster, Step, Workload, simulate
-from benchmarks.scaling.plan import HARDWARE, Measured, measured_from, plan, read_hardware
-from benchmarks.scaling.report import table, write_report
+from benchmarks.scaling.plan import HARDWARE, Measured, plan, read_hardware
+from benchmarks.scaling.report import PLAN_FILE, read_plan, table, write_report
 from benchmarks.worker import Worker
+from deploy_targets.hardware import describe_machine
 
 TARGET = "int4-onnx"
 POINTS = (Point(1), Point(2), Point(4), Point(1, 2), Point(1, 1, "one_step_off"))
 DOCS = Path(__file__).parents[2] / "docs"
-RECORD = RESULTS / "scaling.json"
+PLAN = RESULTS / PLAN_FILE
 
 
 def predicted(found: dict[str, Any], point: Point, sizes: calibrate.Sizes, seen: dict[str, float]) -> Step:
@@ -80,8 +81,6 @@ def measure() -> int:
         with Worker(calibrate.body, model_dir, one_thread(TARGET, folder), sizes, environ=environment()) as worker:
             for turn in range(options.rounds):
                 found = worker()
-                if not turn:
-                    settings |= planned(found, options.quick)
                 about = {"load_average_1_min": os.getloadavg()[0], "costs": asdict(found["costs"]), "lengths": list(found["lengths"])}
                 settings["calibrations"].append({**found, **about})
                 for point in points if turn % 2 == 0 else reversed(points):
@@ -92,14 +91,19 @@ def measure() -> int:
     return 0
 
 
-def planned(found: dict[str, Any], quick: bool) -> dict[str, Any]:
+def measure_plan() -> None:
     """What a plan takes from measurements, and the plan under the assumptions that are shipped."""
-    lengths = np.array(found["lengths"])
-    rates = transfer.rates(quick, 5)
-    measured = Measured(relative_lengths=tuple((lengths / lengths.mean()).round(4).tolist()), **rates, **transfer.known())
+    sizes = calibrate.Sizes(32, 8, 64, 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model_dir = models.tiny(folder / "model")
+        with Worker(calibrate.body, model_dir, one_thread(TARGET, folder), sizes, environ=environment()) as worker:
+            lengths = np.array(worker("response_lengths"))
+    measured = Measured(relative_lengths=tuple((lengths / lengths.mean()).round(4).tolist()), **transfer.rates(), **transfer.known())
     hardware = read_hardware()
-    lines = [] if quick else plan(hardware, measured)
-    return {"measured": measured.model_dump(), "hardware": hardware.model_dump(), "plan": lines}
+    about = {"measured": measured.model_dump(), "hardware": hardware.model_dump(), "machine": asdict(describe_machine())}
+    lines = [json.dumps(line) for line in (about, *plan(hardware, measured))]
+    PLAN.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def main(given: Sequence[str]) -> int:
@@ -109,14 +113,15 @@ def main(given: Sequence[str]) -> int:
         prog="python -m benchmarks.scaling plan", description="Make docs/scaling.md anew, or print a plan of your own."
     )
     parser.add_argument("--hardware", type=Path, help=f"a copy of {HARDWARE.name} with your figures: prints the plan, writes nothing")
-    parser.add_argument("--record", type=Path, default=RECORD, help="measurements made by python -m benchmarks.scaling")
+    parser.add_argument("--measure", action="store_true", help="measure anew what the plan takes from this machine")
     options = parser.parse_args(given[1:])
-    record = json.loads(options.record.read_text("utf-8"))
+    if options.measure:
+        measure_plan()
     if options.hardware is None:
-        write_report(record, DOCS)
+        write_report(RESULTS, DOCS)
     else:
-        hardware = read_hardware(options.hardware)
-        print(table(plan(hardware, measured_from(record)), {name: engine.what for name, engine in hardware.engines.items()}))
+        hardware, (about, _) = read_hardware(options.hardware), read_plan(PLAN)
+        print(table(plan(hardware, Measured.model_validate(about["measured"])), hardware.model_dump()["engines"]))
     return 0
 
 

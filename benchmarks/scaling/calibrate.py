@@ -35,10 +35,10 @@ class Sizes:
 
 
 def body(connection: Connection, model_dir: Path, profile_file: Path, sizes: Sizes) -> None:
-    """A learner and two engine processes; each request calibrates anew."""
+    """A learner and two engine processes; a request names what is asked of `Parts`, nothing: to calibrate."""
     with ExitStack() as stack:
         parts = Parts(model_dir, profile_file, sizes, stack)
-        serve(connection, parts.calibrate)
+        serve(connection, lambda what="calibrate": getattr(parts, what)())
 
 
 class Parts:
@@ -80,6 +80,15 @@ class Parts:
         publish = self.publish()
         costs = Costs(decode=decode, **learner, **publish, reduce_s=0.0, pack_s=0.0, update_bytes=0.0)
         return {"costs": costs, "crowd": crowd, "lengths": lengths, "prompt_tokens": prompt_tokens}
+
+    def response_lengths(self) -> list[int]:
+        """Of one step's responses, as the engine samples them."""
+        from hetero_rl.rollout import sample, seeded
+
+        parts, loop = self.parts, self.config.loop
+        problems = parts.task.train_problems(0, loop.prompts_per_step)
+        generations = sample(self.engines[0], parts.task, problems, loop.samples_per_prompt, seeded(parts.sampling, loop.seed, 0))
+        return [len(generation.tokens) for generation in generations]
 
     def generate(self, engine: int, num_responses: int, num_tokens: int) -> None:
         """Responses that all have as many tokens."""

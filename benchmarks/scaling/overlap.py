@@ -32,6 +32,8 @@ def text(results: Path = RESULTS) -> str:
         f"{difference.text(100, sign='+')} points, the interval being 95 %. So five seeds show no loss; one of up to "
         f"{100 * max(0.0, difference.half - difference.mean):.1f} points they cannot exclude."
     ]
+    if not (results / "schedule.json").is_file():
+        return "\n".join([*lines, "", "What it gains in time has no record yet: `python -m benchmarks.schedule` makes it."])
     record = json.loads((results / "schedule.json").read_text("utf-8"))
     lines += [
         "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -254,8 +254,3 @@ def plan(hardware: Hardware, measured: Measured, sizes: Sequence[int] = SIZES) -
         Scenario(hardware, measured, model, engine, size) for engine in hardware.engines for model in hardware.models for size in sizes
     ]
     return [entry(scenario) for scenario in scenarios if scenario.max_batch]
-
-
-def measured_from(record: Mapping[str, Any]) -> Measured:
-    """What a record of `benchmarks.scaling` holds for a plan."""
-    return Measured.model_validate(record["settings"]["measured"])

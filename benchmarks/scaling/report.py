@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from benchmarks.scaling import overlap
 from deploy_targets.charts import line_chart
 
 Entry = Mapping[str, Any]
+PLAN_FILE = "scaling_plan.jsonl"
+NOT_CHECKED = "There is no record of this check yet: `python -m benchmarks.scaling` makes it."
 WORTH_IT = 0.05
 """Least share of the step that doubling something saves where it is named."""
 
@@ -21,7 +24,7 @@ def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(plan: Sequence[Entry], engines: Mapping[str, str]) -> str:
+def table(plan: Sequence[Entry], engines: Mapping[str, Mapping[str, Any]]) -> str:
     """What to buy next, one table for each kind of engine; seconds."""
     head = [
         "model",
@@ -36,8 +39,8 @@ def table(plan: Sequence[Entry], engines: Mapping[str, str]) -> str:
         "what saves most",
     ]
     lines: list[str] = []
-    for engine, what in engines.items():
-        lines += ["", f"{what}:", "", row(head), row(["---"] * len(head))]
+    for engine, spec in engines.items():
+        lines += ["", f"{spec['what']}:", "", row(head), row(["---"] * len(head))]
         for entry in (entry for entry in plan if entry["engine"] == engine):
             spent = entry["spent_s"]
             publish = sum(seconds for name, seconds in spent.items() if name not in ("decode", "stragglers", "learner", "reward"))
@@ -71,13 +74,13 @@ def check_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def charts(record: Mapping[str, Any], images: Path) -> list[str]:
+def charts(plan: Sequence[Entry], engines: Mapping[str, Mapping[str, Any]], images: Path) -> list[str]:
     """Step time by engines, a chart for each kind; returns the lines that show them."""
     images.mkdir(parents=True, exist_ok=True)
     lines = []
-    for engine, spec in record["settings"]["hardware"]["engines"].items():
+    for engine, spec in engines.items():
         series: dict[str, tuple[list[float], list[float]]] = {}
-        for entry in (entry for entry in record["settings"]["plan"] if entry["engine"] == engine):
+        for entry in (entry for entry in plan if entry["engine"] == engine):
             for name, key in ((entry["model"], "step_s"), (f"{entry['model']}, one_step_off", "one_step_off_s")):
                 xs, ys = series.setdefault(name, ([], []))
                 xs.append(math.log2(entry["num_engines"]))
@@ -101,15 +104,23 @@ def fill(page: str, marker: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n\n{end}{after}"
 
 
-def page_of(record: Mapping[str, Any], page: str, images: Path) -> str:
-    """The page with what the record says; writes the charts."""
-    engines = {name: spec["what"] for name, spec in record["settings"]["hardware"]["engines"].items()}
-    page = fill(page, "check", check_table(record))
-    return fill(page, "plan", "\n\n".join([table(record["settings"]["plan"], engines), *charts(record, images)]))
+def read_plan(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """What the plan was made from, and its lines."""
+    about, *lines = map(json.loads, path.read_text("utf-8").splitlines())
+    return about, lines
 
 
-def write_report(record: Mapping[str, Any], docs: Path) -> None:
+def page_of(results: Path, page: str, images: Path) -> str:
+    """The page with what the records say; writes the charts."""
+    about, lines = read_plan(results / PLAN_FILE)
+    engines, record = about["hardware"]["engines"], results / "scaling.json"
+    checked = check_table(json.loads(record.read_text("utf-8"))) if record.is_file() else NOT_CHECKED
+    page = fill(page, "check", checked)
+    return fill(page, "plan", "\n\n".join([table(lines, engines), *charts(lines, engines, images)]))
+
+
+def write_report(results: Path, docs: Path) -> None:
     """Make the generated parts of docs/scaling.md and docs/scale.md anew."""
     plan, scale = docs / "scaling.md", docs / "scale.md"
-    plan.write_text(page_of(record, plan.read_text("utf-8"), docs / "images" / "scaling"), "utf-8")
-    scale.write_text(fill(scale.read_text("utf-8"), "overlap", overlap.text()), "utf-8")
+    plan.write_text(page_of(results, plan.read_text("utf-8"), docs / "images" / "scaling"), "utf-8")
+    scale.write_text(fill(scale.read_text("utf-8"), "overlap", overlap.text(results)), "utf-8")
