@@ -26,7 +26,7 @@ def update_bytes(target: str, num_steps: int) -> tuple[list[int], list[int], int
     from deploy_targets.weights_file import WEIGHTS_FILES
     from hetero_rl.algorithm.advantage import advantages
     from hetero_rl.config import load_config
-    from hetero_rl.loop import measure_start
+    from hetero_rl.floor import measure_start
     from hetero_rl.parts import assemble
     from hetero_rl.rollout import collect, train_sequences
     from hetero_rl.view import View

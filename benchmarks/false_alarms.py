@@ -38,7 +38,7 @@ def verifications(target: str, seeds: Sequence[int]) -> Iterator[dict[str, Any]]
 
     from hetero_rl.config import load_config
     from hetero_rl.export import export_artifact
-    from hetero_rl.loop import measure_start
+    from hetero_rl.floor import measure_start
     from hetero_rl.parts import assemble
     from hetero_rl.tasks.rewards import artifact_reward
     from hetero_rl.view import View

@@ -34,7 +34,8 @@ class OwnStep:
         from rich.console import Console
 
         from hetero_rl.config import RunConfig
-        from hetero_rl.loop import controller, measure_start
+        from hetero_rl.floor import measure_start
+        from hetero_rl.loop import controller
         from hetero_rl.parts import assemble
         from hetero_rl.view import View
 

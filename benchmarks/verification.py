@@ -25,7 +25,7 @@ from rich.console import Console
 
 from hetero_rl.config import load_config
 from hetero_rl.export import export_artifact
-from hetero_rl.loop import measure_start
+from hetero_rl.floor import measure_start
 from hetero_rl.parts import assemble
 from hetero_rl.view import View
 

@@ -43,7 +43,7 @@ class LoopState:
     dual: DualState
     """The multiplier and what drives it."""
     floor: Floor
-    """Measured once, before the first update."""
+    """Measured before the first update, and anew where `constraint.floor_every` asks for it."""
     tolerance: float
     """The bound on the engine gap, in the measure of the constraint."""
     served_floor: float

@@ -159,7 +159,7 @@ def _export_run(console: Console, run_path: Path, target: str | None, out: Path,
     inputs = check_inputs(config, profile)
     from hetero_rl.checkpoint import chosen_checkpoint
     from hetero_rl.export import export_artifact
-    from hetero_rl.loop import measure_start
+    from hetero_rl.floor import measure_start
     from hetero_rl.parts import assemble
     from hetero_rl.view import View
 
@@ -349,7 +349,8 @@ def run_evaluation(
     _prepare_process()
     inputs = check_inputs(config, profile)
     from hetero_rl.checkpoint import chosen_checkpoint
-    from hetero_rl.loop import evaluate, measure_start
+    from hetero_rl.floor import measure_start
+    from hetero_rl.loop import evaluate
     from hetero_rl.parts import assemble
     from hetero_rl.view import View
 

@@ -241,6 +241,9 @@ class ConstraintConfig(_Table):
     no penalty lowers."""
     floor_tokens: int = Field(4096, ge=64)
     """Response tokens the floor is measured on."""
+    floor_every: int = Field(0, ge=0)
+    """Measure the floor anew, with the weights of now, after every so many steps; 0: at the start alone. The gap of the same weights is
+    what the constraint bounds, so that a tolerance in floors then bounds how much it grows between two measurements, and no more."""
     controller: Literal["dual", "pid", "fixed"] = "dual"
     """`dual`: projected dual ascent; `pid`: with terms for the violation and for its rise; `fixed`: lambda stays at `lambda_init`."""
     kp: float = Field(1.0, ge=0)
@@ -518,6 +521,11 @@ class RunConfig(_Table):
             raise ValueError(
                 f"checkpoint.every_steps = {self.checkpoint.every_steps} must be a multiple of "
                 f"loop.publish_every = {self.loop.publish_every}"
+            )
+        if self.constraint.floor_every % self.loop.publish_every:
+            raise ValueError(
+                f"constraint.floor_every = {self.constraint.floor_every} must be a multiple of loop.publish_every = "
+                f"{self.loop.publish_every}: a floor is the gap of the same weights"
             )
         if self.loop.publish_gate is not None and (self.loop.publish_every > 1 or self.learner.zero_stage == 3):
             raise ValueError(

@@ -13,35 +13,31 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import TokenSequence
 from hetero_rl.ahead import Ahead
 from hetero_rl.algorithm.advantage import advantages
-from hetero_rl.algorithm.constraint import DualConfig, DualState, dual_step, infeasible_message
+from hetero_rl.algorithm.constraint import DualConfig, dual_step, infeasible_message
 from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.algorithm.kinds import PAIRED
-from hetero_rl.algorithm.tolerance import mean_gap, measure_floor, tolerance_from
-from hetero_rl.checkpoint import LoopState, newest_whole, save_checkpoint
-from hetero_rl.config import BF16_GAP, ConstraintConfig, RunConfig
+from hetero_rl.algorithm.tolerance import mean_gap
+from hetero_rl.checkpoint import newest_whole, save_checkpoint
+from hetero_rl.config import ConstraintConfig, RunConfig
 from hetero_rl.export import export_artifact
+from hetero_rl.floor import measure_start, measured_anew
 from hetero_rl.interrupt import saved_on_failure, stop_signals
 from hetero_rl.learner.deepspeed_learner import Learner
 from hetero_rl.metrics import MetricsWriter
 from hetero_rl.parts import Inputs, Parts, assemble
 from hetero_rl.pool import pool_row
-from hetero_rl.publish import NUM_CALIBRATION_SEQUENCES, Publisher
-from hetero_rl.rollout import CALIBRATION_STEP, FLOOR_STEPS, accuracy, collect, sample, seeded, train_sequences
+from hetero_rl.publish import Publisher
+from hetero_rl.rollout import accuracy, collect, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
 from hetero_rl.step_metrics import Clock, first_row, step_row
 from hetero_rl.types import TrainSequence
 from hetero_rl.view import View
-
-NUM_PROOF_PROBES = 8
-PROOF_RESPONSE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +119,10 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
             state = replace(state, calibration=publisher.calibration, deployed_accuracy=None, num_ranks=learner.ranks.size)
+            if measures_floor(config, state.step):
+                state = measured_anew(state, config, parts)
+                dual_config = controller(config, state.tolerance)
+                clock.lap("perf/floor_s")
             row = step_row(state, rollouts, update, multiplier, proof_gap, rejected)
             if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
                 num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
@@ -144,61 +144,15 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         return TrainResult(state.step, run.artifact, state.start_accuracy, artifact_accuracy)
 
 
-def measure_start(config: RunConfig, parts: Parts) -> LoopState:
-    """The floor: the engine samples some thousand tokens, the learner scores them with the very same weights.
-
-    A calibrated quantizer is calibrated before that, on what the engine samples with weights rounded to nearest.
-    """
-    if parts.publisher.awaits_calibration:
-        problems = parts.task.train_problems(0, NUM_CALIBRATION_SEQUENCES)
-        sampling = seeded(parts.sampling, config.loop.seed, CALIBRATION_STEP)
-        parts.publisher.start_calibrated([g.sequence for g in sample(parts.publisher.engine, parts.task, problems, 1, sampling)])
-    group_size = config.loop.samples_per_prompt
-    constraint = config.constraint
-    pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
-    sequences, num_tokens, batch = [], 0, 0
-    while num_tokens < constraint.floor_tokens:
-        # The run's own recipe, at lambda 0 and without an update: training problems, sampled under seeds beyond every step.
-        problems = parts.task.train_problems(batch, config.loop.prompts_per_step)
-        generations = sample(
-            parts.publisher.engine, parts.task, problems, group_size, seeded(parts.sampling, config.loop.seed, FLOOR_STEPS + batch)
-        )
-        drawn = [g.sequence for g in generations]
-        scores = parts.learner.score(drawn, routes=[g.routes for g in generations])
-        pairs += [(score.logps, g.logps) for score, g in zip(scores, generations, strict=True)]
-        sequences += drawn
-        num_tokens, batch = sum(len(logps) for logps, _ in pairs), batch + 1
-    gaps = [token_gap(*pair, constraint.measure) for pair in pairs]
-    floor = measure_floor(gaps, group_size=group_size, aggregation=constraint.aggregation, seed=config.loop.seed)
-    tolerance = tolerance_from(constraint.tolerance, constraint.tolerance_unit, floor, constraint.least_tolerance)
-    # An artifact is verified by its mean abs(dp), whatever the run was held by: to a bound as many floors away.
-    served_floor = floor.mean if constraint.is_probability else mean_gap([token_gap(*pair) for pair in pairs], "token")
-    served_tolerance = tolerance if constraint.is_probability else max(served_floor * tolerance / floor.mean, BF16_GAP)
-    probes = [shortened(sequence) for sequence in sequences[:: max(1, len(sequences) // NUM_PROOF_PROBES)][:NUM_PROOF_PROBES]]
-    reference_gap = parts.publisher.calibrate(probes)
-    return LoopState(
-        step=0,
-        weight_version=0,
-        dual=DualState(constraint.first_multiplier),
-        floor=floor,
-        tolerance=tolerance,
-        served_floor=served_floor,
-        served_tolerance=served_tolerance,
-        probes=tuple(probes),
-        reference_gap=reference_gap,
-        calibration=parts.publisher.calibration,
-        compute_dtype=parts.learner.compute_dtype,
-    )
-
-
 def ends_pipeline(config: RunConfig, step: int) -> bool:
     """Whether the step after `step` steps samples for itself: there is none, or a checkpoint lies between."""
     return step == config.loop.num_steps or step % config.checkpoint.every_steps == 0
 
 
-def shortened(sequence: TokenSequence) -> TokenSequence:
-    """The beginning of a response is proof enough, and every publish pays for it."""
-    return TokenSequence(sequence.tokens[: sequence.prompt_len + PROOF_RESPONSE_TOKENS], sequence.prompt_len)
+def measures_floor(config: RunConfig, step: int) -> bool:
+    """Whether the floor is measured anew after `step` steps; after the last there is nothing more to bound."""
+    every = config.constraint.floor_every
+    return every > 0 and step % every == 0 and step < config.loop.num_steps
 
 
 def controller(config: RunConfig, tolerance: float) -> DualConfig:

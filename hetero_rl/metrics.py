@@ -40,7 +40,10 @@ METRICS: dict[str, Metric] = {
         "of constraint.measure", "mean gap of the learner now to the learner old: same machine, two weight versions"
     ),
     "constraint/kl_k3": Metric("nats", "mean of exp(d) - 1 - d, d = log p_learner(y) - log p_engine(y), same weight version"),
-    "constraint/floor": Metric("of constraint.measure", "the engine gap before any update, same weights on both sides"),
+    "constraint/floor": Metric(
+        "of constraint.measure",
+        "the engine gap with the same weights on both sides: before any update, or when `constraint.floor_every` last asked",
+    ),
     "constraint/tolerance": Metric("of constraint.measure", "the bound on the engine gap"),
     "constraint/lambda": Metric("1", "multiplier of the constraint's cost in the step's loss"),
     "constraint/gap_ema": Metric("of constraint.measure", "the averaged engine gap that drives lambda"),
@@ -77,6 +80,7 @@ METRICS: dict[str, Metric] = {
     "perf/learner_s": Metric("s", "forward, backward, optimizer", exact=False),
     "perf/publish_s": Metric("s", "quantize, swap, proof", exact=False),
     "perf/eval_s": Metric("s", "evaluation, when there was one", exact=False),
+    "perf/floor_s": Metric("s", "measuring the floor anew, when it was (`constraint.floor_every`)", exact=False),
     "perf/rollout_tokens_per_s": Metric("tokens/s", "rollout/tokens over perf/rollout_s", exact=False),
 }
 

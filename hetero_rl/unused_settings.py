@@ -36,6 +36,8 @@ def unused_settings(config: RunConfig) -> Iterator[str]:
         yield f"constraint.advantage_form has no effect: constraint.signal is {constraint.signal!r}"
     if "tolerance_min" in constraint.model_fields_set and constraint.tolerance_unit == "absolute":
         yield "constraint.tolerance_min has no effect: constraint.tolerance_unit is 'absolute'"
+    if constraint.floor_every and constraint.tolerance_unit == "absolute":
+        yield "constraint.floor_every moves no bound: constraint.tolerance_unit is 'absolute'"
     num_updates = config.loop.num_steps * learner.updates_per_rollout
     if "warmup_steps" in learner.model_fields_set and learner.warmup_steps > num_updates:
         yield f"learner.lr is never reached: learner.warmup_steps is {learner.warmup_steps}, the run takes {num_updates} optimizer steps"

@@ -194,7 +194,7 @@ ALL = tuple(name for name in ARMS if name not in SWEEP or name == "grey_dual")
 SUITES: dict[str, tuple[Block, ...]] = {
     "screening": (
         Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), ALL, (0, 1)),
-        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), (*FEW, "fake_quant_recipe"), (0, 1)),
+        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), FEW, (0, 1)),
         Block(("addition",), ("int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy",), ("control", "ptq", "grpo", "tis", "recipe"), (0, 1)),
     ),
     "tolerance": (Block(("addition",), ("q2_k-llamacpp",), ("on_policy",), (*SWEEP, "grpo"), (0, 1)),),
@@ -204,13 +204,17 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("addition",), ("int4-onnx",), ("on_policy",), (*FINALISTS, "guard"), FIVE),
         Block(("sorting",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), FIVE),
         Block(("addition",), ("q2_k-llamacpp",), ("one_step_off",), ("recipe",), FIVE),
+    ),
+    "defaults": (
         Block(("addition",), ("fp8-vllm-fp8kv",), ("on_policy",), ("control", "ptq", "grpo", "tis", "recipe"), FIVE),
         Block(("addition",), ("int4-vllm-channel",), ("on_policy",), ("control", "ptq", "grpo", "tis", "guard"), FIVE),
+        Block(("addition",), ("q2_k-llamacpp",), ("high_lr",), ("fake_quant_recipe",), (0, 1)),
     ),
     "larger": (Block(("expression_10M",), ("q2_k-llamacpp",), ("on_policy",), (*FEW, "fake_quant_recipe"), (0, 1)),),
     "gpu": (Block(("expression_100M",), ("int4-vllm", "int4-vllm-channel", "fp8-vllm-fp8kv"), ("on_policy", "stale"), FINALISTS, FIVE),),
 }
-"""Sized for two cores, but for `larger` and `gpu`: screening has two seeds, finalists five; a run takes two to ten minutes of a core."""
+"""Sized for two cores, but for `larger` and `gpu`: screening has two seeds, finalists five; a run takes two to ten minutes of a core.
+`defaults` are the cells in which what `auto` ships had too few seeds to be judged."""
 
 
 def cells(blocks: Iterable[Block], reference: str = FULL_PRECISION, **only: Sequence[Any]) -> Iterator[Cell]:

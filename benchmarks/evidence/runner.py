@@ -124,6 +124,7 @@ def run_cell(cell: Cell, work: Path, cores: list[int], extra: Sequence[str] = ()
         # The curve of `ptq` is that of the engine that made its rollouts.
         "collapsed": judged_by_target and rows[-1]["eval/deployed_accuracy"] < COLLAPSE * best,
         "infeasible": bool(rows[-1]["constraint/infeasible"]),
+        "rebuilds": int(rows[-1]["publish/rebuilds"]),
         "curve": [[row["step"], row["eval/deployed_accuracy"], row["eval/learner_accuracy"]] for row in curve],
         "reward": [round(row["reward/mean"], 4) for row in rows[1:]],
         "engine_gap": [round(row["constraint/engine_gap"], 6) for row in rows[1:]],

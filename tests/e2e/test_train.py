@@ -22,7 +22,7 @@ from hetero_rl.metrics import METRICS, read_metrics
 from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
 from tests.plugins import python_path
 
-TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN))
+TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, "constraint.floor_every=2"))
 STABLE_METRICS = (
     "step", "reward/mean", "constraint/engine_gap", "constraint/floor", "constraint/tolerance", "constraint/lambda",
     "constraint/staleness_gap", "engine/nonfinite_logprobs", "weights/version", "perf/step_s", "perf/rollout_s", "perf/learner_s",
@@ -59,6 +59,18 @@ def test_metrics(run: Path) -> None:
     assert [row["weights/version"] for row in rows[1:]] == [0, 1, 2, 3]
     assert all(row["constraint/engine_gap"] > 0 and row["constraint/staleness_gap"] == 0 for row in rows[1:])
     assert 0.3 < rows[0]["eval/deployed_accuracy"] < 0.7
+
+
+def test_the_floor_is_measured_anew_on_schedule(run: Path) -> None:
+    rows = read_metrics(run)
+    floors = [row["constraint/floor"] for row in rows]
+    assert floors[0] == floors[1] != floors[2] == floors[3]
+    assert floors[4] == floors[3], "after the last step there is nothing more to bound"
+    assert floors[2] == pytest.approx(floors[0], rel=0.3), "the same problems and seeds, and weights of two steps later"
+    assert [row["constraint/tolerance"] for row in rows] == pytest.approx([1.5 * floor for floor in floors])
+    manifest = read_manifest(run / "artifact")
+    assert (manifest.floor, manifest.tolerance) == (pytest.approx(floors[4]), pytest.approx(1.5 * floors[4]))
+    assert ["perf/floor_s" in row for row in rows] == [False, False, True, False, False]
 
 
 def test_run_folder(run: Path) -> None:

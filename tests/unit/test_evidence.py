@@ -18,7 +18,7 @@ from benchmarks.evidence.cells import ARMS, SUITES, TASKS, Cell, cells, default_
 from benchmarks.evidence.estimates import Estimate, Run, gap_at_equal_reward, late_reward, read_runs
 from benchmarks.evidence.report import accuracy_table, difference_table, sweep, write_report
 from benchmarks.evidence.runner import finished
-from benchmarks.evidence.shipped import default_table, remeasured_table
+from benchmarks.evidence.shipped import default_table, forms_table, remeasured_table
 from benchmarks.evidence.tasks import last_step, samples
 from benchmarks.evidence.warm_start import fresh_samples
 from hetero_rl.config import load_config
@@ -104,7 +104,7 @@ def test_the_sweep_orders_the_bounds_and_names_the_time(tmp_path: Path) -> None:
     runs = [run("grpo", 0, 0.50), run("grey_2x", 0, 0.52), run("grey_dual", 0, 0.55), slow]
     rows = [line for line in sweep([{"gap": r["engine_gap"][-1], **r} for r in runs], tmp_path) if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| bound / floor", "| ---", "| 0.5", "| 1", "| 2", "| none"]
-    assert rows[2].split(" | ")[1:] == ["50.0", "49.0", "0.50", "80 |"]
+    assert rows[2].split(" | ")[1:] == ["50.0", "45.0", "49.0", "0.50", "80 |"]
     assert (tmp_path / "tolerance-addition-int4-onnx.svg").is_file()
     assert not sweep([run("grpo", 0, 0.5)], tmp_path)
 
@@ -141,33 +141,40 @@ def promise(default: list[float], rival: list[float], ptq: list[float], control:
 
 
 def test_the_promise_of_the_default_is_checked() -> None:
-    good = promise([0.60, 0.62, 0.61], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
-    assert good[0] == "3"
-    assert good[1].startswith("`grpo` 61.0")
-    assert good[2] == "+0.0 ± 2.5"
-    assert good[3:5] == ["+10.7 ± 1.4", "+12.0 ± 2.5"]
-    assert good[5:] == ["0 of 3", "yes"]
-    behind = promise([0.58, 0.57, 0.58], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
-    assert behind[-1] == "behind the best rival"
-    no_better = promise([0.50, 0.51, 0.52], [0.50, 0.50, 0.50], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63])
-    assert no_better[-1] == "not above `ptq`"
-    free = promise([0.50, 0.51, 0.52], [0.50, 0.50, 0.50], [0.50, 0.51, 0.50], [0.52, 0.51, 0.49])
-    assert free[-1] == "yes", "quantizing costs nothing that three seeds could show"
-    collapsed = promise([0.60, 0.62, 0.61], [0.61, 0.61, 0.61], [0.50, 0.51, 0.50], [0.62, 0.62, 0.63], collapsed=True)
-    assert collapsed[-2:] == ["1 of 3", "collapsed where a rival did not"]
+    rival, ptq, control = [0.61] * 5, [0.50, 0.51, 0.50, 0.51, 0.50], [0.62, 0.62, 0.63, 0.62, 0.63]
+    seeds, best, to_best, to_ptq, cost, collapsed, kept = promise([0.60, 0.62, 0.61, 0.60, 0.62], rival, ptq, control)
+    assert (seeds, best[:11], to_best) == ("5", "`grpo` 61.0", "+0.0 ± 1.2")
+    assert (to_ptq, cost) == ("+10.6 ± 1.4", "+12.0 ± 1.2")
+    assert (collapsed, kept) == ("0 of 5", "yes")
+    assert promise([0.60, 0.62], rival[:2], ptq[:2], control[:2])[-1] == "nothing against it in 2 seeds"
+    assert promise([0.58, 0.57, 0.58, 0.57, 0.58], rival, ptq, control)[-1] == "behind the best rival"
+    low = [0.50, 0.51, 0.52, 0.49, 0.51]
+    assert promise(low, [0.50] * 5, ptq, control)[-1] == "not above `ptq`"
+    assert promise(low, [0.50] * 5, ptq, [0.52, 0.51, 0.49, 0.50, 0.51])[-1] == "yes", "quantizing costs nothing that can be seen"
+    crashed = promise([0.60, 0.62, 0.61, 0.60, 0.62], rival, ptq, control, collapsed=True)
+    assert crashed[-2:] == ["1 of 5", "collapsed where a rival did not"]
     [not_run] = default_table([run("grpo", 0, 0.5)])[2:]
     assert not_run.endswith("not run |")
 
 
 def test_a_collapse_that_every_rival_shares_is_not_the_defaults_fault() -> None:
-    runs: list[Run] = [run(arm, seed, 0.1, collapsed=True) for arm in ("guard", "grpo") for seed in (0, 1)]
+    runs: list[Run] = [run(arm, seed, 0.1, collapsed=True) for arm in ("guard", "grpo") for seed in range(5)]
     [row] = default_table(runs)[2:]
-    assert row.endswith("| 2 of 2 | yes |")
+    assert row.endswith("| 5 of 5 | yes |")
+
+
+def test_a_cheaper_form_keeps_a_share_of_the_fall() -> None:
+    gaps = {"grpo": 0.04, "grey": 0.02, "grey_share": 0.025}
+    runs = [run(arm, seed, 0.5, gap=gap) for arm, gap in gaps.items() for seed in (0, 1)] + [run("grey_top", 7, 0.5)]
+    whole, share = forms_table(runs)[2:]
+    assert whole.split(" | ")[1:7] == ["`grey`", "2", "2.00", "2.00", "4.00", "100 %"]
+    assert share.split(" | ")[1:7] == ["`grey_share`", "2", "2.50", "2.00", "4.00", "75 %"]
+    assert share.split(" | ")[7].endswith(" x")
 
 
 def test_a_floor_measured_anew_is_the_gap_of_the_run() -> None:
     gaps = [0.01] * 30 + [0.02] * 10 + [0.03] * 80
-    runs = [run(arm, seed, 0.5, engine_gap=gaps, reward=[0.5] * 120) for arm in ("grpo", "recipe") for seed in (0, 1)]
+    runs = [run(arm, seed, 0.5, engine_gap=gaps, reward=[0.5] * 120) for arm in ("grpo", "recipe") for seed in (0, 1, 2)]
     rows = remeasured_table(runs)[2:]
     assert rows == [f"| addition, int4-onnx, on_policy | `{arm}` | 2.00 ± 0.00 | 3.00 ± 0.00 | 3.00 ± 0.00 |" for arm in ("grpo", "recipe")]
     assert remeasured_table(runs[:1])[2:] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hetero_rl.algorithm.corrections import (
 )
 from hetero_rl.algorithm.segments import Segments
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 NAN, INF = float("nan"), float("inf")
 LENGTHS = [6, 1, 9, 4]
 BOUNDS = Bounds(0.7, 1.4)
@@ -70,6 +71,16 @@ def test_weights_against_the_definition(kind: Correction) -> None:
         cut += int((expected[mask] == BOUNDS.high).sum())
     assert (dropped > 0) is (kind.startswith("mis") or kind == "icepop"), "the inputs reach both sides of the bounds"
     assert (cut > 0) is kind.startswith("tis")
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_float32_weights_are_those_of_float64(kind: Correction) -> None:
+    """What a run computes in, against the definition of the very numbers that it is given."""
+    for seed in range(20):
+        old, engine, mask = batch(seed)
+        old, engine = (np.asarray(values, np.float32) for values in (old, engine))
+        expected = reference(kind, np.asarray(old, np.float64), np.asarray(engine, np.float64), mask, *BOUNDS)
+        np.testing.assert_allclose(weigh(kind, old, engine, mask), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", CORRECTIONS)

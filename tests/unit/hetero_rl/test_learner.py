@@ -177,6 +177,24 @@ def test_penalty_lowers_its_cost(make_learner: MakeLearner, signal: str) -> None
     assert costs[-1] < 0.9 * costs[0]
 
 
+def test_an_update_takes_the_rounding_of_the_proof_before_it(make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are rounded once between two updates: the twin costs an update passes, and no rounding."""
+    learner, rounded = make_learner("grey_box"), []
+    quantizer = learner.twins[0].quantizer
+    original = quantizer.dequantized
+
+    def counted(name: str, weight: torch.Tensor) -> torch.Tensor:
+        rounded.append(name)
+        return original(name, weight)
+
+    monkeypatch.setattr(quantizer, "dequantized", counted)
+    for _ in range(2):
+        rounded.clear()
+        learner.score(as_sequences(sequences(2)), as_twin=True)
+        learner.update(sequences(), 0.3)
+        assert sorted(rounded) == sorted(layer.weight_name for layer in learner.twins)
+
+
 def test_lambda_zero_is_the_unconstrained_step(make_learner: MakeLearner) -> None:
     expected = make_learner("off").update(sequences(), 0.0)
     for signal in ("grey_box", "loss", "advantage"):

@@ -123,6 +123,17 @@ def test_dppo_stops_by_probability_and_not_by_ratio() -> None:
     assert stopped.tolist() == [0.0, 1.0]
 
 
+def test_the_weight_of_dppo_is_cut() -> None:
+    """A token that the learner finds thirty times as probable as the engine counts twenty times."""
+    engine = torch.tensor([0.001, 0.001], dtype=torch.float64).log()
+    logp = torch.tensor([0.03, 0.019], dtype=torch.float64).log().requires_grad_(True)
+    one = torch.ones(2, dtype=torch.float64)
+    loss, _ = policy_loss("dppo", logp, logp.detach(), engine, one, one, one.bool(), Segments.of([2]), CLIP)
+    loss.sum().backward()
+    assert logp.grad is not None
+    assert logp.grad.tolist() == pytest.approx([-20.0, -19.0])
+
+
 @pytest.mark.parametrize("normalization", ["token", "sequence", "dr"])
 def test_normalizations(normalization: str) -> None:
     lengths, losses = [4, 1, 0, 7], [np.full(4, 2.0), np.full(1, -3.0), np.zeros(0), np.full(7, 0.5)]
