@@ -42,6 +42,7 @@ from hetero_rl.run_folder import (
     default_run_dir,
     locked,
     open_run,
+    told_of_a_full_disk,
 )
 from hetero_rl.unused_settings import unused_settings
 
@@ -83,7 +84,7 @@ def run_training(
     from hetero_rl.run_report import write_run_report
     from hetero_rl.view import View
 
-    with locked(run.path), View(console) as view:
+    with locked(run.path), View(console) as view, told_of_a_full_disk(run.path):
         result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
