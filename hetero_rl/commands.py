@@ -44,6 +44,7 @@ from hetero_rl.run_folder import (
     default_run_dir,
     locked,
     open_run,
+    told_of_a_full_disk,
 )
 from hetero_rl.unused_settings import unused_settings
 
@@ -92,7 +93,7 @@ def run_training(
     from hetero_rl.view import View
 
     ranks = ranks_on_ray(config, profile) if config.learner.launcher == "ray" else nullcontext()
-    with locked(run.path), ranks, View(console) as view:
+    with locked(run.path), ranks, View(console) as view, told_of_a_full_disk(run.path):
         result = train(config, profile, run, view, inputs, resume=resume)
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:

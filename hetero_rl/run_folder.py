@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -93,6 +94,18 @@ def locked(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+@contextmanager
+def told_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Around a run in the folder `path`: raises `OSError` that says what to do where the system says only that there is no space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        full = f"{error.strerror}: {error.filename or path}"
+        raise OSError(f"{full}. Make room, then go on with: hetero-rl train --resume --run-dir {path}") from error
 
 
 def check_free(path: Path) -> None:
