@@ -137,8 +137,10 @@ def _tensors(report: Report) -> Iterator[Suspect]:
     if not layers:
         return
     if not changed:
-        yield Suspect("tensor", "weights", False, None, f"all {len(layers)} tensors are as exported")
-    elif len(changed) > len(layers) / 2:
+        sealed = report.manifest.is_sealed
+        said = "as exported" if sealed else "finite, and none is lost; only how far they lie from the model's is known"
+        yield Suspect("tensor", "weights", False, None, f"all {len(layers)} tensors are {said}")
+    elif report.manifest.is_sealed and len(changed) > len(layers) / 2:
         detail = f"{len(changed)} of {len(layers)} tensors differ, first {changed[0].name}, which {changed[0].problem}"
         yield Suspect("tensor", "weights of another version", True, None, detail)
     else:
@@ -265,7 +267,8 @@ def _scheme(report: Report) -> Iterator[Suspect]:
     scheme, errors = report.manifest.scheme, [layer.error for layer in report.inspection.layers if layer.error]
     if errors:
         detail = f"{len(errors)} tensors lie {float(np.mean(errors)):.1%} from the learner's in the mean, and nothing else stands out"
-        yield Suspect("layer", f"the scheme {scheme} itself", _gap_is_off(report), None, detail)
+        name = f"the scheme {scheme} itself" if report.manifest.is_sealed else "the quantization itself"
+        yield Suspect("layer", name, _gap_is_off(report), None, detail)
 
 
 def _kind_of(layer: Layer) -> str:

@@ -78,6 +78,23 @@ class Fingerprint:
         return {name: mark.shape for name, mark in self.tensors.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedTensor:
+    """One tensor of a probed model: its norm, and its sketch as in `TensorMark`."""
+
+    shape: tuple[int, ...]
+    norm: float
+    learner: str
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedWeights:
+    """What probes may hold of a model's weights, for artifacts of it that have no fingerprint."""
+
+    model_config: Mapping[str, Any]
+    tensors: Mapping[str, LearnedTensor]
+
+
 @dataclass(slots=True)
 class Sketch:
     """Sums and statistics of one tensor, block by block."""
@@ -184,6 +201,25 @@ def _mark(name: str, values: Values, stored: StoredTensor) -> TensorMark:
         learner.text,
         served.text,
     )
+
+
+def sketch_weights(config: Mapping[str, Any], tensors: Iterable[tuple[str, Values]]) -> str:
+    """`LearnedWeights` of a model as JSON: `config` is its config.json, `tensors` its weights, one after the other."""
+    learned = {}
+    for name, values in tensors:
+        sketch = Sketch.of(name, (values[part] for part in row_blocks(values.shape)))
+        learned[name] = asdict(LearnedTensor(values.shape, math.sqrt(sketch.square), sketch.text))
+    return json.dumps({"model_config": config, "tensors": learned})
+
+
+def read_learned(text: str) -> LearnedWeights:
+    """What `sketch_weights` wrote. Raises `ArtifactError` for anything else."""
+    try:
+        data = json.loads(text)
+        tensors = {name: LearnedTensor(tuple(entry["shape"]), entry["norm"], entry["learner"]) for name, entry in data["tensors"].items()}
+        return LearnedWeights(dict(data["model_config"]), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"the probes hold no readable sketches of the weights: {error!r}. Record them again") from error
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_targets.errors import ArtifactError, DeployTargetsError
-from deploy_targets.fingerprint import Fingerprint, Sketch, TensorMark, read_fingerprint, read_settings
+from deploy_targets.fingerprint import Fingerprint, Sketch, TensorMark, read_fingerprint, read_learned, read_settings
 from deploy_targets.manifest import Manifest
 from deploy_targets.memory import max_tokens
 from deploy_targets.probes import ProbeSet
@@ -135,10 +135,13 @@ def kind_of(name: str) -> str:
 
 
 def inspect_artifact(folder: Path, manifest: Manifest, probes: ProbeSet) -> Inspection:
-    """Hold the artifact in `folder` against its fingerprint. Raises `ArtifactError` for files that do not parse."""
+    """Hold the artifact in `folder` against its fingerprint; one of another tool against what the probes say of the model's weights.
+
+    Raises `ArtifactError` for files that do not parse.
+    """
     fingerprint = read_fingerprint(folder)
     if fingerprint is None:
-        return Inspection()
+        return Inspection() if manifest.is_sealed else Inspection(layers=tuple(_foreign_layers(folder, manifest, probes)))
     found = read_settings(folder, manifest.profile, manifest.sampling, probes.temperature)
     names = sorted(fingerprint.settings.keys() | found.keys())
     differences = [
@@ -174,6 +177,29 @@ def _layers(folder: Path, manifest: Manifest, fingerprint: Fingerprint) -> Itera
     for name in stored.tensors.keys() - fingerprint.tensors.keys():
         tensor = stored.tensors[name]
         yield Layer(name, tensor.shape, tensor.storage, None, None, None, 0, _new(name in _HEADS and untied))
+
+
+def _foreign_layers(folder: Path, manifest: Manifest, probes: ProbeSet) -> Iterator[Layer]:
+    """How far the tensors of an artifact that another tool made lie from the probed model's; those that are stored in a known form.
+
+    Nothing says how they should be stored, so that a form which cannot be read is no fault: there is nothing to say of it then.
+    """
+    if not probes.weights:
+        return
+    learned = read_learned(probes.weights)
+    shapes = {name: tensor.shape for name, tensor in learned.tensors.items()}
+    try:
+        stored = read_stored(folder, learned.model_config, shapes, manifest.profile.scheme.name).tensors
+    except ArtifactError:
+        return
+    for name, mark in learned.tensors.items():
+        if name in stored and stored[name].shape == mark.shape:
+            sketch = Sketch.of(name, stored[name].blocks())
+            error = sketch.distance(mark.learner) / (mark.norm or 1.0)
+            problem = "is all zeros" if sketch.largest == 0 < mark.norm else ""
+            if sketch.num_nonfinite:
+                problem = f"holds {sketch.num_nonfinite} values that are not finite"
+            yield Layer(name, mark.shape, stored[name].storage, error, None, None, sketch.num_nonfinite, problem)
 
 
 def _new(is_untied_head: bool) -> str:

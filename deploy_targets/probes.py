@@ -82,7 +82,8 @@ class ProbeSet:
     """All probes of an artifact. `temperature`, `weight_version` and `learner_dtype` hold for every log-prob in it.
 
     `learner_dtype`: the learner's arithmetic, e.g. `bfloat16`. `source_model`: what was probed. `vocab_size`: its logits.
-    `vocabulary_sha256`: of its tokenizer, see `read_vocabulary`. Empty or None in files that do not say.
+    `vocabulary_sha256`: of its tokenizer, see `read_vocabulary`. `weights`: sketches of its weights, see `sketch_weights`; an artifact
+    has them in its fingerprint. Empty or None in files that do not say.
     """
 
     probes: tuple[Probe, ...]
@@ -92,6 +93,7 @@ class ProbeSet:
     source_model: str = ""
     vocab_size: int | None = None
     vocabulary_sha256: str = ""
+    weights: str = ""
 
     def of_kind(self, kind: Kind) -> ProbeSet:
         """The probes of one kind."""
@@ -130,6 +132,7 @@ def write_probes(path: Path, probe_set: ProbeSet) -> None:
         "source_model": probe_set.source_model,
         "vocab_size": "" if probe_set.vocab_size is None else str(probe_set.vocab_size),
         "vocabulary_sha256": probe_set.vocabulary_sha256,
+        "weights": probe_set.weights,
     }
     _validate(path, arrays, metadata)
     write_atomically(path, save(arrays, metadata))
@@ -165,6 +168,7 @@ def read_probes(path: Path) -> ProbeSet:
         source_model=metadata.get("source_model", ""),
         vocab_size=vocab_size,
         vocabulary_sha256=metadata.get("vocabulary_sha256", ""),
+        weights=metadata.get("weights", ""),
     )
 
 

@@ -67,7 +67,7 @@ def checked_artifact(path: Path, keep: Path | None, trust: Trust, stack: ExitSta
             raise UsageError(f"--keep unpacks a bundle, and {path} is none")
         if path.is_dir() and not (path / MANIFEST_FILE).exists():
             raise ArtifactError(
-                f"{path} has no {MANIFEST_FILE}, which an export writes last: it did not finish, or this is no artifact of an export. {_FOREIGN}"
+                f"{path} has no {MANIFEST_FILE}, which an export writes last: it did not finish, or this is none. {_FOREIGN}"
             )
         manifest = check_artifact(path)
         if trust.public_key is not None:

@@ -9,7 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
 from deploy_targets.errors import ListedError, UsageError
+from deploy_targets.fingerprint import sketch_weights
 from deploy_targets.gates import MIN_SEQUENCES
 from deploy_targets.memory import max_tokens
 from deploy_targets.preflight import check_model
@@ -85,8 +90,17 @@ def record_model(
         source_model=model_dir.name if Path(path).exists() or path == "demo" else path,
         vocab_size=model.vocab_size,
         vocabulary_sha256=vocabulary.sha256,
+        weights=sketch_weights(model_config, stored_tensors(model_dir)),
     )
     return probe_set, prompts
+
+
+def stored_tensors(model_dir: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """The weights of a checkpoint, in shards or not, one after the other."""
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield name, file.get_tensor(name).float().numpy()
 
 
 def sampled(

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the docs: metrics.md, config.md, and the tables of targets.md and algorithm.md between their markers.
+"""Writes the generated parts of the docs: metrics.md, config.md, and the tables of targets.md, algorithm.md, blame.md between markers.
 
 python scripts/make_docs.py            write them
 python scripts/make_docs.py --check    exit 1 when they are out of date
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -26,6 +28,33 @@ from hetero_rl.tasks.config import ArithmeticConfig, DatasetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+CAUGHT = ROOT / "benchmarks" / "results" / "faults_caught.jsonl"
+"""One line for each verdict of scripts/test_faults_caught.sh."""
+FAULTS = {
+    "test_a_flipped_byte_is_no_longer_what_was_exported": "one weight byte flipped",
+    "flip_byte": "the same, every hash made to fit",
+    "swap_scales": "scales of two layers swapped",
+    "drop_bias": "a bias set to zero",
+    "remove_bias": "a bias left out",
+    "test_older_weights_are_named": "weights of one version earlier",
+    "wrong_group_size": "wrong group size",
+    "IgnoresTemperature": "temperature ignored",
+    "TopP": "top-p renormalised log-probs, of samples",
+    "TopPEverywhere": "the same, of scores",
+    "other_chat_template": "chat template changed",
+    "swap_token_ids": "two ids of the tokenizer swapped",
+    "other_eos": "EOS id changed",
+    "test_a_kv_scale_of_zero": "KV cache scale zero",
+    "test_a_quantized_head": "output head quantized though the scheme says not",
+    "untie": "tied embedding broken",
+    "other_rope_theta": "rope theta changed",
+    "nan_in_expert": "NaN in one expert",
+    "OtherToken": "log-probs of the wrong token",
+    "test_a_length_limit_below_the_probes_is_named": "length limit shorter than the probes",
+    "StalePrefix": "prefix cache with stale weights",
+}
+"""Name of the fault, or of the test with one of its own -> what it is."""
+ENGINES = {"onnx": "ONNX Runtime", "vllm": "vLLM", "llamacpp": "llama.cpp", "transformers": "transformers"}
 
 
 def main() -> int:
@@ -34,6 +63,7 @@ def main() -> int:
         "config.md": config_reference(),
         "targets.md": page_with("targets.md", targets=shipped_targets(), profile=profile_reference()),
         "algorithm.md": page_with("algorithm.md", estimators=estimators()),
+        "blame.md": page_with("blame.md", faults=caught_faults()),
     }
     stale = [name for name, text in pages.items() if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != text]
     if "--check" in sys.argv[1:]:
@@ -98,6 +128,42 @@ def estimators() -> list[str]:
         table = [line.replace("||", "‖") for line in inspect.getdoc(module).splitlines() if line.startswith("|")]
         lines += ["", f"### [{name}.py](../hetero_rl/algorithm/{name}.py)", "", *table]
     return lines[1:]
+
+
+def caught_faults() -> list[str]:
+    """What the tests of every injected fault saw: the gates that failed on each engine, and what the report named."""
+    rows = [json.loads(line) for line in CAUGHT.read_text("utf-8").splitlines()]
+    found = {
+        name: [row for row in rows if row["given"].get("fault", row["test"]) == name and "bisect" not in row["test"]] for name in FAULTS
+    }
+    injected = [row for some in found.values() for row in some]
+    num_passed = sum(row["exit_code"] == 0 for row in injected)
+    num_targets = len({row["target"] for row in injected})
+    lines = [
+        f"{len(injected)} faults injected on {num_targets} targets; {num_passed} passed.",
+        "",
+        f"| fault | {' | '.join(ENGINES.values())} | named, for example |",
+        f"| --- |{' --- |' * len(ENGINES)} --- |",
+    ]
+    for name, title in FAULTS.items():
+        cells = [_gates([row for row in found[name] if engine in row["target"]]) for engine in ENGINES]
+        example = found[name][0]["cause"].partition(" (")[0].split(";")[0] if found[name] else ""
+        lines.append(f"| {title} | {' | '.join(cells)} | {_shortened(example)} |")
+    return lines
+
+
+def _gates(rows: list[dict[str, Any]]) -> str:
+    """Gates that failed on every target of an engine; `refused` where none was judged, since the engine was not started."""
+    if not rows:
+        return ""
+    if any(row["verdict"] == "error" for row in rows):
+        return "refused"
+    return ", ".join(f"`{gate}`" for gate in rows[0]["failed"] if all(gate in row["failed"] for row in rows))
+
+
+def _shortened(text: str) -> str:
+    words = [f"{word[:8]}..." if len(word) == 64 else word for word in text.replace("|", "\\|").split()]
+    return " ".join(words)
 
 
 def shipped_targets() -> list[str]:

@@ -2,7 +2,7 @@
 
 Through the command line in this process, so that the fault of an engine can be put around the real one.
 `scripts/test_faults_caught.sh` runs them on every engine. With HETERO_RL_FAULTS_OUT each verdict is appended to that file as a line of
-JSON, from which `scripts/fault_table.py` makes the table in docs/blame.md.
+JSON, from which `scripts/make_docs.py` makes the table in docs/blame.md.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def recorded(request: pytest.FixtureRequest, target: str, verdict: Verdict) -> d
     """One line of HETERO_RL_FAULTS_OUT."""
     parameters = getattr(request.node, "callspec", None)
     given = {} if parameters is None else {name: getattr(value, "__name__", value) for name, value in parameters.params.items()}
-    found = [line.strip(" -") for line in verdict.text.splitlines() if line.startswith("  - ")]
+    refusal = verdict.text.rpartition("The artifact is not what was exported")[2]
+    found = [line.strip(" -") for line in refusal.splitlines() if line.startswith("  - ")]
     report = verdict.report or {"verdict": "error", "gates": [], "blame": {"sentence": "; ".join(found)}}
     failed = [gate["name"] for gate in report["gates"] if gate["verdict"] == "fail"]
     cause = None if report["blame"] is None else report["blame"]["sentence"]

@@ -72,6 +72,8 @@ def test_an_artifact_of_another_tool(target: str, make: Callable[[Path, Path], P
     assert result.returncode == 0, result.stderr + result.stdout
     assert report["verdict"] == "pass", report["gates"]
     assert 0.005 < report["gap"]["mean"] < 0.03
+    assert all(layer["problem"] == "" and layer["error"] < 0.2 for layer in report["layers"])
+    assert bool(report["layers"]) == (make is not by_onnx_builder)
     assert set(report["other_kinds"]) == {"greedy", "long", "rare", "certain"}
     noise = {name: measured["value"] for name, measured in report["learner"]["noise"].items()}
     assert report["learner"]["dtype"] == "bfloat16"
@@ -92,6 +94,12 @@ def test_a_broken_conversion_fails(make: Callable[[Path, Path], Path], probes: P
     result, report = verified(artifact, target, probes, tmp_path)
     assert result.returncode == 3, result.stderr + result.stdout
     assert {gate["name"]: gate["verdict"] for gate in report["gates"]}["gap_mean"] == "fail"
+    if make is by_llama_cpp:  # the builder's own files of weights are not read
+        assert report["blame"]["sentence"].startswith("model.layers.0.mlp.down_proj.weight: is all zeros")
+        errors = {layer["name"]: layer["error"] for layer in report["layers"]}
+        assert errors.pop("model.layers.0.mlp.down_proj.weight") == pytest.approx(1, abs=0.3)
+        assert len(errors) == 35
+        assert max(errors.values()) < 0.2
 
 
 def verified(artifact: Path, target: str, probes: Path, cwd: Path) -> tuple[Any, Any]:
