@@ -18,7 +18,9 @@ from typing import Any
 from pydantic import BaseModel
 
 import deploy_targets.profile
-import hetero_rl.config
+import hetero_rl.config.learning
+import hetero_rl.config.run
+import hetero_rl.config.serving
 import hetero_rl.tasks.config
 from deploy_targets.profile import TargetProfile, load_profile
 from hetero_rl.algorithm import advantage, corrections, discrepancy, losses
@@ -83,12 +85,13 @@ def metrics_reference() -> str:
 
 def config_reference() -> str:
     """Markdown: one table per config table, with default and meaning of every key."""
-    docs = _field_docs(hetero_rl.config) | _field_docs(hetero_rl.tasks.config)
+    modules = (hetero_rl.config.run, hetero_rl.config.learning, hetero_rl.config.serving, hetero_rl.tasks.config)
+    docs = {key: text for module in modules for key, text in _field_docs(module).items()}
     lines = [
         "# Settings",
         "",
         "TOML files given with `--config` (later ones win), then `--set table.key=value`. Unknown keys are errors. Made from "
-        "`hetero_rl/config.py` by `scripts/make_docs.py`.",
+        "`hetero_rl/config/` by `scripts/make_docs.py`.",
     ]
     tables: list[tuple[str, type[BaseModel]]] = []
     for name, field in RunConfig.model_fields.items():
