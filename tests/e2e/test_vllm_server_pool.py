@@ -119,7 +119,7 @@ def test_a_run_that_it_serves(server: Served, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "pool.toml").write_text(f'[[engines]]\nurl = "{server.url}"\nserver = "vllm"\ntoken_file = "key"\n')
     at_start = scores_of(server, server.folder)
-    settings = with_settings(*SHORT_RUN, "learner.lr=1e-3")
+    settings = with_settings(*SHORT_RUN, "learner.lr=3e-4")
     result = hetero_rl("train", "--target", "int4-vllm", *settings, "--config", "pool.toml", "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = read_metrics(tmp_path / "run")
