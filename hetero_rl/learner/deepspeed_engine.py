@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hetero_rl.config import LearnerConfig
+from hetero_rl.learner.extensions import alone_with_extensions
 from hetero_rl.learner.fake_quant import TwinExperts
 from hetero_rl.learner.policy import Policy
 
@@ -28,10 +29,14 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
+    from deepspeed.comm.torch import build_shm_op
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
     with contextlib.redirect_stdout(io.StringIO()):
+        # Loaded before ranks wait for each other: the one that waits for the lock would be waited for.
+        with alone_with_extensions():
+            build_shm_op()
         deepspeed.init_distributed(dist_backend=backend(), verbose=False)
 
     def schedule(step: int) -> float:

@@ -78,10 +78,10 @@ def test_it_fills_up_amid_what_is_written(what: str, undisturbed: Undisturbed, t
 
 @pytest.mark.fault("disk full amid the metrics")
 def test_it_fills_up_where_only_metrics_are_written(tmp_path: Path) -> None:
-    """Without publishes and checkpoints in between; some 40 rows, so that the last page of the file has no room for what comes."""
+    """Without publishes and checkpoints in between; some 20 rows, so that the last page of the file has no room for what comes."""
     command = [
         *train(),
-        *with_settings("loop.num_steps=40", "loop.publish_every=40", "checkpoint.every_steps=40", "evaluation.every_steps=40"),
+        *with_settings("loop.num_steps=20", "loop.publish_every=20", "checkpoint.every_steps=20", "evaluation.every_steps=20"),
     ]
     (tmp_path / "undisturbed").mkdir()
     expected = undisturbed_run(tmp_path / "undisturbed", *command)

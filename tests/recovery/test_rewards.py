@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(place: Path) -> list[str]:
     task = with_settings("task.type=dataset", f"task.path={place / 'problems.jsonl'}", "task.reward=my_rewards:judge")
-    return [*train(), *task, *with_settings("task.reward_timeout_s=20")]
+    return [*train(), *task, *with_settings("task.reward_timeout_s=10")]
 
 
 @pytest.fixture(scope="module")
