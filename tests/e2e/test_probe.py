@@ -83,6 +83,7 @@ def test_an_artifact_of_another_tool(target: str, make: Callable[[Path, Path], P
     assert "the learner's rounding explains" in result.stdout
     assert (report["hashes_checked"], report["floor"], report["tolerance"]) == (False, None, 0.03)
     assert "no hash was checked" in result.stdout
+    assert "What this machine serves is the model that was probed" in result.stdout
     assert "no hash was checked" in (tmp_path / "v.html").read_text()
     assert report["artifact_sha256"] in result.stdout
 
