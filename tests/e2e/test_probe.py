@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -107,7 +109,10 @@ def verified(artifact: Path, target: str, probes: Path, cwd: Path) -> tuple[Any,
     given = ("--probes", probes, "--target", target, "--tolerance", TOLERANCE, "--json", "v.json", "--html", "v.html")
     result = hetero_rl("verify-deploy", artifact, *given, cwd=cwd, timeout_s=600)
     assert (cwd / "v.json").is_file(), result.stderr
-    return result, json.loads((cwd / "v.json").read_text())
+    report = json.loads((cwd / "v.json").read_text())
+    schema = json.loads((resources.files("deploy_targets") / "schemas" / "verify-report-1.json").read_text("utf-8"))
+    jsonschema.validate(report, schema, cls=jsonschema.Draft202012Validator)
+    return result, report
 
 
 def test_a_model_in_its_own_words(tiny_models: TinyModels, tmp_path: Path) -> None:
