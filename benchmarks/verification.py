@@ -1,6 +1,7 @@
 """How long a verdict takes from a cold start, and what replaying the probes costs on top of the engine's own scoring.
 
-The demo's artifact, exported from the model as it is shipped. `cold_*`: `hetero-rl verify-deploy` as a process, imports and engine too.
+The demo's artifact, exported from the model as it is shipped. `cold_*`: `hetero-rl verify-deploy` as a process, imports and engine too;
+`import`: a process that only imports what the command does before it looks at an artifact.
 `scoring_*`: the probes through `verify`'s replay, with its looks and their intervals, and through one call of `engine.score`, in turns.
 """
 
@@ -16,6 +17,10 @@ from pathlib import Path
 from benchmarks.common import Measurement, arguments, in_turns, measurement, write
 
 TARGETS = ("int4-onnx", "q4_k_m-llamacpp", "int4-vllm")
+IMPORTED = ("hetero_rl.commands", "deploy_targets.bundle", "deploy_targets.engines.server")
+"""What `verify-deploy` imports before it looks at an artifact, and by the way to a server; tests/cli/test_light.py bounds it."""
+SCORING_ROUNDS = 3
+"""For each round of the others: one takes a fraction of a second."""
 EXPORT = """
 import sys
 from contextlib import ExitStack
@@ -34,6 +39,13 @@ with ExitStack() as stack:
     parts = assemble(config, profile, Path(sys.argv[2]) / "serving", View(Console(quiet=True)), stack)
     export_artifact(config, profile, parts, measure_start(config, parts), Path(sys.argv[2]) / "artifact")
 """
+
+
+def import_seconds() -> float:
+    """Start to exit of a process that imports the command and nothing else."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {', '.join(IMPORTED)}"], check=True)
+    return time.perf_counter() - start
 
 
 def cold_seconds(artifact: Path) -> float:
@@ -84,7 +96,7 @@ def scoring(artifact: Path, rounds: int) -> tuple[Measurement, int]:
 
 def main() -> int:
     options = arguments("verification", __doc__, rounds=7, targets=TARGETS)
-    cases: dict[str, Measurement] = {}
+    cases: dict[str, Measurement] = {"import": measurement(in_turns({"import": import_seconds}, options.rounds)["import"], "s")}
     tokens = {}
     targets = options.targets or (TARGETS[:1] if options.quick else TARGETS)
     with ExitStack() as stack:
@@ -93,7 +105,7 @@ def main() -> int:
             subprocess.run([sys.executable, "-c", EXPORT, target, str(folder)], check=True, stdout=subprocess.DEVNULL)
             seconds = in_turns({"cold": lambda folder=folder: cold_seconds(folder / "artifact")}, options.rounds)["cold"]
             cases[f"cold_{target}"] = measurement(seconds, "s")
-            cases[f"scoring_{target}"], tokens[target] = scoring(folder / "artifact", options.rounds)
+            cases[f"scoring_{target}"], tokens[target] = scoring(folder / "artifact", SCORING_ROUNDS * options.rounds)
     write(options, cases, f"cold_{targets[0]}", {"policy_tokens": tokens})
     return 0
 

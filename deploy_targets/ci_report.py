@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from deploy_targets.gates import Gate, Report, Verdict
-from deploy_targets.report import SENTENCES, gate_title, headline_facts, measured_sentence, number, probe_sentences
+from deploy_targets.report import gate_title, headline_facts, measured_sentence, number, probe_sentences, verdict_sentence
 
 _NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
@@ -57,7 +57,7 @@ def render_markdown(report: Report) -> str:
     open_gates = [gate for gate in report.gates if gate.verdict != "pass"]
     parts = [
         f"## verify-deploy {target}: {report.verdict}",
-        _escaped(SENTENCES[report.verdict]),
+        _escaped(verdict_sentence(report)),
         *([] if report.blame is None else [f"**Most likely cause:** {_escaped(report.blame.sentence)}"]),
         *(f"- {_escaped(gate_title(gate))}, {gate.verdict}: {_escaped(gate.detail)}" for gate in open_gates),
         _table(("gate", "measured", "95 % from", "to", "warn beyond", "fail beyond", "verdict"), gates),

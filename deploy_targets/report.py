@@ -76,7 +76,7 @@ def render_html(report: Report) -> str:
         gap=report.gap,
         measures=[(title, report.gap.measures[name]) for name, title in MEASURE_TITLES.items()],
         slices=[(SLICE_TITLES[name], parts) for name, parts in report.slices.items()],
-        sentence=SENTENCES[report.verdict],
+        sentence=verdict_sentence(report),
         measured=measured_sentence(report),
         sentences=probe_sentences(report),
         marks=_MARKS,
@@ -109,7 +109,13 @@ def print_table(report: Report, console: Console) -> None:
         console.print(escape(sentence), highlight=False, soft_wrap=True)
     if report.blame is not None:
         console.print(f"most likely cause: {escape(report.blame.sentence)}", highlight=False, soft_wrap=True)
-    console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {SENTENCES[report.verdict]}")
+    console.print(f"[{_STYLES[report.verdict]}]{report.verdict.upper()}[/] {verdict_sentence(report)}")
+
+
+def verdict_sentence(report: Report) -> str:
+    """The verdict in one sentence."""
+    sentence = SENTENCES[report.verdict]
+    return sentence if report.manifest.is_sealed else sentence.replace("what was trained", "the model that was probed")
 
 
 def number(value: float | None) -> str:

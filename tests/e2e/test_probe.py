@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -83,6 +85,7 @@ def test_an_artifact_of_another_tool(target: str, make: Callable[[Path, Path], P
     assert "the learner's rounding explains" in result.stdout
     assert (report["hashes_checked"], report["floor"], report["tolerance"]) == (False, None, 0.03)
     assert "no hash was checked" in result.stdout
+    assert "What this machine serves is the model that was probed" in result.stdout
     assert "no hash was checked" in (tmp_path / "v.html").read_text()
     assert report["artifact_sha256"] in result.stdout
 
@@ -106,7 +109,10 @@ def verified(artifact: Path, target: str, probes: Path, cwd: Path) -> tuple[Any,
     given = ("--probes", probes, "--target", target, "--tolerance", TOLERANCE, "--json", "v.json", "--html", "v.html")
     result = hetero_rl("verify-deploy", artifact, *given, cwd=cwd, timeout_s=600)
     assert (cwd / "v.json").is_file(), result.stderr
-    return result, json.loads((cwd / "v.json").read_text())
+    report = json.loads((cwd / "v.json").read_text())
+    schema = json.loads((resources.files("deploy_targets") / "schemas" / "verify-report-1.json").read_text("utf-8"))
+    jsonschema.validate(report, schema, cls=jsonschema.Draft202012Validator)
+    return result, report
 
 
 def test_a_model_in_its_own_words(tiny_models: TinyModels, tmp_path: Path) -> None:
