@@ -72,7 +72,7 @@ def verdict(to_best: Estimate, to_ptq: Estimate, cost: Estimate, arm: str, by_ar
     if to_best.mean + (0.0 if math.isnan(to_best.half) else to_best.half) < 0:
         broken.append("behind the best rival")
     if cost.mean - cost.half > 0 and not to_ptq.mean - to_ptq.half > 0:
-        broken.append("not above `ptq`")
+        broken.append("not shown to be above `ptq`")
     seeds = [seed for seed, run in by_arm[arm].items() if run["collapsed"]]
     others = [[found[seed] for seed in seeds if seed in found] for name, found in by_arm.items() if is_rival(name) and not _elsewhere(name)]
     if any(not run["collapsed"] for found in others for run in found):

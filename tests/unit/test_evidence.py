@@ -149,7 +149,7 @@ def test_the_promise_of_the_default_is_checked() -> None:
     assert promise([0.60, 0.62], rival[:2], ptq[:2], control[:2])[-1] == "nothing against it in 2 seeds"
     assert promise([0.58, 0.57, 0.58, 0.57, 0.58], rival, ptq, control)[-1] == "behind the best rival"
     low = [0.50, 0.51, 0.52, 0.49, 0.51]
-    assert promise(low, [0.50] * 5, ptq, control)[-1] == "not above `ptq`"
+    assert promise(low, [0.50] * 5, ptq, control)[-1] == "not shown to be above `ptq`"
     assert promise(low, [0.50] * 5, ptq, [0.52, 0.51, 0.49, 0.50, 0.51])[-1] == "yes", "quantizing costs nothing that can be seen"
     crashed = promise([0.60, 0.62, 0.61, 0.60, 0.62], rival, ptq, control, collapsed=True)
     assert crashed[-2:] == ["1 of 5", "collapsed where a rival did not"]
