@@ -35,7 +35,9 @@ class EngineEntry(Table):
         """A count of one address, or a token for this very process, would be ignored."""
         if self.url is not None and self.count > 1:
             raise ValueError("one url is one agent: leave out count, and give each agent its own [[engines]]")
-        given = [name for name in ("server", "token_file", "ca_file", "folder", "folder_there") if name in self.model_fields_set]
+        fields = ("server", "token_file", "ca_file", "folder", "folder_there")
+        # Against the defaults: a config that was written whole and read again has all fields set.
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if self.url is None and given:
             raise ValueError(f"{' and '.join(given)} belong to an agent or a server: give its url")
         if self.url is not None and self.server == "agent":

@@ -95,7 +95,17 @@ def test_a_resumed_run_keeps_what_it_began_with() -> None:
     assert load_config([], [], "fp8-vllm", base=old)[0].constraint == old.constraint
 
 
-@pytest.mark.parametrize("settings", [["constraint.lambda_max=0.3"], ["constraint.signal=loss"], ["constraint.signal=off"], []])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["constraint.lambda_max=0.3"],
+        ["constraint.signal=loss"],
+        ["constraint.signal=off"],
+        ["engines=[{count = 2}, {url = 'http://a:1', token_file = 't'}, {url = 'http://b:1', server = 'vllm'}]"],
+        ["engines=[{placement = 'ray'}]", "learner.launcher=ray", "learner.num_ranks=2"],
+        [],
+    ],
+)
 def test_a_config_survives_its_own_file(settings: list[str]) -> None:
     """A run folder holds every setting, the unset ones too."""
     config, _ = load_config([], settings)
