@@ -68,7 +68,7 @@ def run_training(
     else:
         config, profile = load_config(files, settings, target)
     _prepare_process(may_be_launched=True)
-    if config.learner.launcher == "ray" and "RANK" in os.environ:
+    if config.learner.launcher == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("learner.launcher = 'ray' starts the ranks itself: run the command without torchrun or deepspeed")
     if int(os.environ.get("RANK", "0")) > 0:
         follow_run(config, profile)

@@ -45,10 +45,10 @@ def follow_run(config: RunConfig, profile: TargetProfile, store: Any = None) -> 
     """
     inputs = check_inputs(config, profile)
     from hetero_rl.learner.deepspeed_engine import backend
-    from hetero_rl.learner.ranks import follow, join
+    from hetero_rl.learner.ranks import follow, meet
     from hetero_rl.parts import make_learner
 
-    join(backend(), store)
+    meet(backend(), store)
     learner = make_learner(config, profile, inputs, make_quantizer(profile, inputs.model_dir))
     follow(learner)
     learner.close()
@@ -105,9 +105,9 @@ def ranks_on_ray(config: RunConfig, profile: TargetProfile) -> Iterator[None]:
             _await(ray, ends, store, table.start_timeout_s)
             os.environ.update({**variables, "RANK": "0"})
             from hetero_rl.learner.deepspeed_engine import backend
-            from hetero_rl.learner.ranks import join
+            from hetero_rl.learner.ranks import meet
 
-            join(backend(), store)
+            meet(backend(), store)
             yield
         except Exception as error:
             # What fails here first may be a checkpoint, a publish or the process group, and is none of their faults.

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -98,7 +99,19 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def told_of_a_full_disk(path: Path) -> Iterator[None]:
-    """Around a run in the folder `path`: raises `OSError` that says what to do where the system says only that there is no space."""
+    """Around a run in the folder `path`: raises `OSError` that says what to do where the system says only that there is no space.
+
+    TensorBoard writes in a thread of its own, which gets one line for it in place of a traceback.
+    """
+    in_thread = threading.excepthook
+
+    def say(raised: threading.ExceptHookArgs) -> None:
+        if isinstance(raised.exc_value, OSError) and raised.exc_value.errno == errno.ENOSPC:
+            sys.stderr.write(f"warning: a background write failed: {raised.exc_value}\n")
+        else:
+            in_thread(raised)
+
+    threading.excepthook = say
     try:
         yield
     except OSError as error:
@@ -106,6 +119,8 @@ def told_of_a_full_disk(path: Path) -> Iterator[None]:
             raise
         full = f"{error.strerror}: {error.filename or path}"
         raise OSError(f"{full}. Make room, then go on with: hetero-rl train --resume --run-dir {path}") from error
+    finally:
+        threading.excepthook = in_thread
 
 
 def check_free(path: Path) -> None:

@@ -40,23 +40,29 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join(backend: str, store: Any = None) -> Ranks:
+def join(backend: str) -> Ranks:
+    """This process among those of the run, whom it meets if it has not yet. Every rank calls it as often as the others."""
+    meet(backend)
+    return Ranks()
+
+
+def meet(backend: str, store: Any = None) -> None:
     """The process group of torch: that of the launcher, or one rank in this process without any port, as ports race.
 
     `store`: where the ranks of the launcher meet, if not where its environment says.
     """
-    if not dist.is_initialized():
-        if num_ranks() > 1 and store is not None:
-            dist.init_process_group(backend, store=store, rank=own_rank(), world_size=num_ranks())
-        elif num_ranks() > 1:
-            dist.init_process_group(backend)
-        else:
-            # DeepSpeed asks the environment who it is, even where the process group is there.
-            os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        # Its threads give tensors back to Python: one that does so while the interpreter ends takes the process down with SIGABRT.
-        atexit.register(_leave)
-    return Ranks()
+    if dist.is_initialized():
+        return
+    if num_ranks() > 1 and store is not None:
+        dist.init_process_group(backend, store=store, rank=own_rank(), world_size=num_ranks())
+    elif num_ranks() > 1:
+        dist.init_process_group(backend)
+    else:
+        # DeepSpeed asks the environment who it is, even where the process group is there.
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    # Its threads give tensors back to Python: one that does so while the interpreter ends takes the process down with SIGABRT.
+    atexit.register(_leave)
 
 
 def _leave() -> None:

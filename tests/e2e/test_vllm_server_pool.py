@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def test_a_run_that_it_serves(server: Served, tmp_path: Path) -> None:
     assert all(row["engines/serving"] == 1 and row["engine/nonfinite_logprobs"] == 0 for row in rows[1:])
     assert sha256_of(tmp_path / "run" / "serving" / WEIGHTS_FILE) == sha256_of(tmp_path / "run" / "artifact" / WEIGHTS_FILE)
     assert not list((tmp_path / "run" / "updates").iterdir())
-    label = JsonServer(server.url, KEY, 30).get("/weight_info")["weight_version"]
+    with closing(JsonServer(server.url, KEY, 30)) as http:
+        label = http.get("/weight_info")["weight_version"]
     assert label.startswith("hetero-rl ")
     assert label.endswith(" 4")
     verified = hetero_rl("verify-deploy", "run/artifact", "--server", server.url, cwd=tmp_path, HETERO_RL_API_KEY=KEY)

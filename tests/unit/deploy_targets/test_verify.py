@@ -95,7 +95,7 @@ def test_the_worst_kind_of_probe_is_held_against_the_bounds_too(
 
 
 def test_a_kind_with_too_few_tokens_decides_nothing(tiny_models: TinyModels, tmp_path: Path) -> None:
-    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=21)
+    manifest = make_artifact(tiny_models("qwen2"), tmp_path / "a", num_sequences=33)
     probes = with_kinds(tmp_path / "a", ("greedy", "long", "rare"), 0.5)
     report = verify(tmp_path / "a", FakeEngine(tmp_path / "a", {}, VERSION), manifest, replace(probes, probes=probes.probes * 3))
     assert report.gap.num_tokens >= 200
