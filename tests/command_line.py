@@ -54,7 +54,7 @@ def fails(result: subprocess.CompletedProcess[str], exit_code: int, *fragments: 
 
 def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Wait until the run has done so many steps."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # the first start in an environment compiles
     while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) <= step:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
