@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from hetero_rl.metrics import read_metrics
+from deploy_targets.weights_file import sha256_of
+from hetero_rl.metrics import METRICS, read_metrics
 
 SHORT_RUN = (
     "loop.num_steps=4", "loop.prompts_per_step=8", "loop.samples_per_prompt=4", "loop.max_response_tokens=8",
@@ -59,3 +61,15 @@ def at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def assert_resumes_as_uninterrupted(run: Path, folder: Path) -> None:
+    """A copy in `folder` of `run`, which has checkpoints of steps 2 and 4, goes on from step 2 and ends with the same bits."""
+    halfway = Path(shutil.copytree(run, folder / "run"))
+    for gone in ("artifact", "serving", "checkpoints/step-000004"):
+        shutil.rmtree(halfway / gone)
+    result = hetero_rl("train", "--resume", "--run-dir", halfway, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    first, again = ([{name: row[name] for name in row if METRICS[name].exact} for row in read_metrics(path)] for path in (run, halfway))
+    assert first == again
+    assert sha256_of(halfway / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")

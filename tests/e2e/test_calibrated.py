@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from deploy_targets.weights_file import sha256_of
 from hetero_rl.checkpoint import load_state
-from hetero_rl.metrics import METRICS, read_metrics
-from tests.command_line import SHORT_RUN, hetero_rl, with_settings
+from hetero_rl.metrics import read_metrics
+from tests.command_line import SHORT_RUN, assert_resumes_as_uninterrupted, hetero_rl, with_settings
 
 pytest.importorskip("vllm.version")
 pytestmark = pytest.mark.slow
@@ -48,14 +47,7 @@ def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
 
 
 def test_resume_equals_uninterrupted(run: Path, tmp_path: Path) -> None:
-    halfway = Path(shutil.copytree(run, tmp_path / "run"))
-    for gone in ("artifact", "serving", "checkpoints/step-000004"):
-        shutil.rmtree(halfway / gone)
-    result = hetero_rl("train", "--resume", "--run-dir", halfway, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, again = ([{name: row[name] for name in row if METRICS[name].exact} for row in read_metrics(path)] for path in (run, halfway))
-    assert first == again
-    assert sha256_of(halfway / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+    assert_resumes_as_uninterrupted(run, tmp_path)
 
 
 def test_the_artifact_verifies_and_a_run_is_evaluated(run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 
 from deploy_targets.profile import load_profile
 from deploy_targets.weights_file import sha256_of
-from hetero_rl.metrics import METRICS, read_metrics
-from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
+from hetero_rl.metrics import read_metrics
+from tests.command_line import SHORT_RUN, assert_resumes_as_uninterrupted, fails, hetero_rl, with_settings
 from tests.vllm_server import vllm_server
 
 pytest.importorskip("vllm.version")
@@ -56,14 +55,7 @@ def test_trained_and_exported(run: Path) -> None:
 @pytest.mark.fault("resume from an older checkpoint, `int4-vllm`")
 def test_resume_equals_uninterrupted(run: Path, tmp_path: Path) -> None:
     """Bit for bit, as long as one CPU serves and learns."""
-    halfway = Path(shutil.copytree(run, tmp_path / "run"))
-    for gone in ("artifact", "serving", "checkpoints/step-000004"):
-        shutil.rmtree(halfway / gone)
-    result = hetero_rl("train", "--resume", "--run-dir", halfway, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, again = ([{name: row[name] for name in row if METRICS[name].exact} for row in read_metrics(path)] for path in (run, halfway))
-    assert first == again
-    assert sha256_of(halfway / "artifact" / "model.safetensors") == sha256_of(run / "artifact" / "model.safetensors")
+    assert_resumes_as_uninterrupted(run, tmp_path)
 
 
 def test_verify_deploy(run: Path, tmp_path: Path) -> None:
