@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deploy_targets.catalog import open_engine
 from deploy_targets.engines.checked import CheckedEngine
+from deploy_targets.engines.outbox import Outbox
 from deploy_targets.engines.pool import Place, PoolEngine, PoolRules
 from deploy_targets.errors import UsageError
 from deploy_targets.profile import TargetProfile
@@ -46,9 +47,10 @@ def _places(config: RunConfig, profile: TargetProfile) -> Iterator[tuple[str, St
     # A process of its own can be killed and can hang without the others.
     here = profile.model_copy(update={"engine": profile.engine.model_copy(update={"process": "own"})})
     num_here = num_on_ray = 0
+    outbox = Outbox()
     for entry in config.engines:
         if entry.url is not None:
-            yield entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s)
+            yield entry.url, _remote(entry.url, entry, profile, config.pool.deadline_s, outbox)
             continue
         for _ in range(entry.count if entry.placement == "ray" else 0):
             num_on_ray += 1
@@ -73,7 +75,7 @@ def _on_ray(config: RunConfig, profile: TargetProfile, folder: Path, weight_vers
     )
 
 
-def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float) -> StartEngine:
+def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: float, outbox: Outbox) -> StartEngine:
     token = None if entry.token_file is None else _read_token(url, entry.token_file)
     if entry.server == "vllm":
         return _vllm_server(url, token, entry, profile, deadline_s)
@@ -82,7 +84,9 @@ def _remote(url: str, entry: EngineEntry, profile: TargetProfile, deadline_s: fl
     def start(folder: Path, weight_version: int) -> Engine:
         from deploy_targets.engines.remote import RemoteEngine
 
-        return RemoteEngine(profile, folder, weight_version, url=url, token=token, ca_file=entry.ca_file, call_timeout_s=deadline_s)
+        return RemoteEngine(
+            profile, folder, weight_version, url=url, token=token, ca_file=entry.ca_file, call_timeout_s=deadline_s, outbox=outbox
+        )
 
     return start
 

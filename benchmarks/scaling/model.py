@@ -1,6 +1,6 @@
 """A training step in the simulation: what each phase costs, where it runs, and how the phases follow each other (hetero_rl/loop.py).
 
-sync            rollouts ──▶ learn ──▶ quantize ──▶ every engine: make the difference, send, load ──▶ proof
+sync            rollouts ──▶ learn ──▶ quantize ──▶ make the difference ──▶ every engine: send, load ──▶ proof
 one_step_off    rollouts │ learn ──▶ quantize ──▶ ...
 """
 
@@ -78,7 +78,7 @@ class Costs:
     """Sums of the gradients over ranks, where there are several."""
     quantize_s: float
     pack_s: float
-    """The difference to the last version, per engine, on the learner's machine."""
+    """The difference to the last version, made once, by one core of the learner's machine."""
     update_bytes: float
     """That an engine is sent."""
     load_s: float
@@ -109,7 +109,7 @@ class Workload:
 class Cluster:
     """Where it runs. `local_cores`: everything shares so many cores, of `crowd` times the speed where more than one computes.
 
-    Unset, each engine and each rank computes on its own, and the learner's machine has `host_cores` for differences and a network
+    Unset, each engine and each rank computes on its own, and the learner's machine has `host_cores` and a network
     interface of `nic` bytes/s, of which an engine takes at most `link`; every message takes `latency_s` there and back.
     """
 
@@ -221,13 +221,13 @@ class _Run:
         costs = self.costs
 
         def engine() -> Process:
-            if costs.pack_s:
-                yield Use(self.host, costs.pack_s)
             if costs.update_bytes:
                 yield Use(self.network, costs.update_bytes)
             yield Sleep(self.cluster.latency_s)
             yield self.compute(costs.load_s)
 
+        if costs.pack_s:
+            yield Use(self.host, costs.pack_s)
         yield [engine() for _ in range(self.cluster.num_engines)]
 
     def proof(self) -> Process:

@@ -200,11 +200,6 @@ class Scenario:
         yield "cores of the learner's host", having(learner=learner.model_copy(update={"host_cores": 2 * learner.host_cores}))
         yield "network of the learner's host", having(learner=learner.model_copy(update={"nic_bytes_s": 2 * learner.nic_bytes_s}))
 
-    def shared_differences(self) -> Step:
-        """If the difference were made once for all engines, which is not built."""
-        costs = self.costs()
-        return simulate(replace(costs, pack_s=costs.pack_s / self.num_engines), self.cluster(), self.workload(), num_steps=1)
-
 
 def critical(step: Step, costs: Costs, cluster: Cluster) -> dict[str, float]:
     """Seconds of a step by what they are spent on; what runs beside something longer counts nothing."""
@@ -212,7 +207,6 @@ def critical(step: Step, costs: Costs, cluster: Cluster) -> dict[str, float]:
     rollout, learn = (1.0, 1.0) if cluster.schedule == "sync" else (float(made >= learned), float(made < learned))
     engines = cluster.num_engines
     sides = {
-        "differences": costs.pack_s * max(1.0, engines / cluster.host_cores),
         "publish network": max(costs.update_bytes / cluster.link, engines * costs.update_bytes / cluster.nic),
         "load": costs.load_s,
     }
@@ -223,7 +217,8 @@ def critical(step: Step, costs: Costs, cluster: Cluster) -> dict[str, float]:
         "reward": rollout * step.reward,
         "learner": learn * learned,
         "quantize": step.quantize,
-        slowest: step.update,
+        "differences": costs.pack_s,
+        slowest: step.update - costs.pack_s,
         "proof": step.proof,
     }
 
@@ -243,7 +238,6 @@ def entry(scenario: Scenario) -> dict[str, Any]:
         "spent_s": spent,
         "bottleneck": max(spent, key=lambda name: spent[name]),
         "saved": saved,
-        "shared_differences_s": scenario.shared_differences().step,
         "max_batch": scenario.max_batch,
     }
 

@@ -27,7 +27,7 @@ def row(cells: Sequence[str]) -> str:
 def table(plan: Sequence[Entry], engines: Mapping[str, Mapping[str, Any]]) -> str:
     """What to buy next, one table for each kind of engine; seconds."""
     head = ["model", "engines", "step", "`one_step_off`", "decode", "stragglers", "learner", "publish"]
-    head += ["first bottleneck", "what saves most", "step, difference made once"]
+    head += ["first bottleneck", "what saves most"]
     lines: list[str] = []
     for engine, spec in engines.items():
         lines += ["", f"{spec['what']}:", "", row(head), row(["---"] * len(head))]
@@ -37,7 +37,7 @@ def table(plan: Sequence[Entry], engines: Mapping[str, Mapping[str, Any]]) -> st
             seconds = (entry["step_s"], entry["one_step_off_s"], spent["decode"], spent["stragglers"], spent["learner"], publish)
             bottleneck = f"{entry['bottleneck']}, {100 * spent[entry['bottleneck']] / entry['step_s']:.0f} %"
             counts = [entry["model"], f"{entry['num_engines']:,}", *(f"{value:.0f}" for value in seconds)]
-            lines.append(row([*counts, bottleneck, advice(entry), f"{entry['shared_differences_s']:.0f}"]))
+            lines.append(row([*counts, bottleneck, advice(entry)]))
     return "\n".join(lines[1:])
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import ssl
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +11,12 @@ from typing import Any, TypeVar
 import httpx
 
 from deploy_targets.deltas import BLOCK_BYTES, packed
+from deploy_targets.engines.outbox import Outbox
 from deploy_targets.engines.wire import generate_request, score_request, unpack_error, unpack_generations, unpack_scores
 from deploy_targets.errors import DeployTargetsError, EngineError, UsageError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import Generation, Sampling, TokenScores, TokenSequence, WeightFile
-from deploy_targets.weights_file import WEIGHTS_FILES, sha256_of
+from deploy_targets.weights_file import WEIGHTS_FILES
 
 CONNECT_TIMEOUT_S = 20.0
 
@@ -38,18 +36,19 @@ class RemoteEngine:
         token: str,
         ca_file: Path | None = None,
         call_timeout_s: float = 3600.0,
+        outbox: Outbox | None = None,
     ) -> None:
         """Send the folder, as far as the agent lacks it, and have its engine started.
 
-        `call_timeout_s`: longest silence of the agent, in any call. Raises `UsageError` for an address, certificate or token that is
-        none, and `EngineError` for an agent that cannot be reached, serves another target or cannot start its engine.
+        `call_timeout_s`: longest silence of the agent, in any call. `outbox`: shared with the other agents of a pool. Raises `UsageError`
+        for an address, certificate or token that is none, and `EngineError` for an agent that cannot be reached, serves another target
+        or cannot start its engine.
         """
         self.url, self.weight_version = url.rstrip("/"), weight_version
         self.bytes_sent = {"whole": 0, "delta": 0}
         self._lock = threading.Lock()
         self._client = _client(self.url, token, ca_file, call_timeout_s)
-        self._folder = Path(tempfile.mkdtemp(prefix="remote-engine-"))
-        self._base: tuple[str, Path] | None = None
+        self._outbox = outbox or Outbox()
         try:
             self._lease = self._start(profile, Path(artifact_dir))
         except BaseException:
@@ -57,10 +56,10 @@ class RemoteEngine:
             raise
 
     def update(self, weights: WeightFile) -> int:
-        """Send what changed since the last version, or all of it where that is not less, and have it served."""
+        """Send what changed since a version that the agent holds, or all of it where that is not less, and have it served."""
         sha256 = self._send(weights.path)
         answer = self._post("update", {"sha256": sha256, "weight_version": weights.weight_version})
-        self._keep(sha256, weights.path)
+        self._outbox.keep(weights.path, sha256)
         self.weight_version = int(answer["weight_version"])
         return self.weight_version
 
@@ -77,7 +76,6 @@ class RemoteEngine:
     def close(self) -> None:
         """Let go of the connection; the agent keeps its engine, and what it holds need not be sent again."""
         self._client.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, profile: TargetProfile, artifact_dir: Path) -> str:
         paths = {path.relative_to(artifact_dir).as_posix(): path for path in sorted(artifact_dir.rglob("*")) if path.is_file()}
@@ -87,55 +85,33 @@ class RemoteEngine:
         asked = {"files": files, "weight_version": self.weight_version, "scheme": profile.scheme.model_dump(mode="json")}
         lease = str(self._ask("POST", "/v1/start", json=asked)["lease"])
         for name in set(files) & set(WEIGHTS_FILES):
-            self._keep(files[name], paths[name])
+            self._outbox.keep(paths[name], files[name])
         return lease
 
     def _send(self, path: Path) -> str:
         """Bring a file to the agent, if it does not hold it; returns its sha256."""
-        sha256 = sha256_of(path)
-        if self._status("HEAD", f"/v1/files/{sha256}") == 200:
+        sha256 = self._outbox.sha256(path)
+        if self._holds(sha256):
             return sha256
-        if self._base is not None and self._send_difference(sha256, path, *self._base):
-            return sha256
-
-        def blocks() -> Iterator[bytes]:
-            for block in packed(path, None):
-                self.bytes_sent["whole"] += len(block)
-                yield block
-
-        self._ask("PUT", f"/v1/files/{sha256}", content=blocks)
+        base = next(filter(self._holds, self._outbox.bases), None)
+        delta = None if base is None else self._outbox.difference(path, sha256, base)
+        if delta is None:
+            self._put(sha256, "whole", lambda: packed(path, None))
+        else:
+            with delta:
+                self._put(f"{sha256}?base={base}", "delta", lambda: iter(lambda: delta.read(BLOCK_BYTES), b""))
         return sha256
 
-    def _send_difference(self, sha256: str, path: Path, base_sha256: str, base: Path) -> bool:
-        """Whether the file was sent as its difference to `base`; not where that is longer, or the agent holds the base no more."""
-        delta = self._folder / "delta"
-        with open(delta, "wb") as file:
-            for block in packed(path, base):
-                file.write(block)
-        size = delta.stat().st_size
-        if size >= path.stat().st_size or self._status("HEAD", f"/v1/files/{base_sha256}") != 200:
-            return False
+    def _holds(self, sha256: str) -> bool:
+        return self._status("HEAD", f"/v1/files/{sha256}") == 200
 
-        def blocks() -> Iterator[bytes]:
-            with open(delta, "rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
+    def _put(self, name: str, how: str, blocks: Callable[[], Iterator[bytes]]) -> None:
+        def counted() -> Iterator[bytes]:
+            for block in blocks():
+                self.bytes_sent[how] += len(block)
+                yield block
 
-        self._ask("PUT", f"/v1/files/{sha256}?base={base_sha256}", content=blocks)
-        self.bytes_sent["delta"] += size
-        return True
-
-    def _keep(self, sha256: str, path: Path) -> None:
-        """What the agent serves now is what the next version is a difference to."""
-        kept = self._folder / sha256
-        if not kept.exists():
-            try:
-                os.link(path, kept)
-            except OSError:  # on another file system
-                shutil.copyfile(path, kept)
-        if self._base is not None and self._base[1] != kept:
-            self._base[1].unlink()
-        self._base = sha256, kept
+        self._ask("PUT", f"/v1/files/{name}", content=counted)
 
     def _post(self, call: str, asked: Mapping[str, Any], *, is_repeatable: bool = False) -> Any:
         return self._ask("POST", f"/v1/{call}", json={"lease": self._lease, **asked}, is_repeatable=is_repeatable)

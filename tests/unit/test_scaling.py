@@ -100,6 +100,11 @@ def test_equal_engines_share_equal_responses(num_engines: int) -> None:
     assert many.stragglers == pytest.approx(0.0)
 
 
+def test_the_difference_is_made_once_and_sent_to_each() -> None:
+    costs = replace(FREE, pack_s=3.0, update_bytes=100.0)
+    assert simulate(costs, Cluster(16, nic=50.0), EQUAL).update == pytest.approx(3 + 16 * 2)
+
+
 def test_more_engines_than_prompts_stand_idle() -> None:
     linear = replace(FREE, decode=DECODE)
     assert simulate(linear, Cluster(64), EQUAL).rollout == pytest.approx(simulate(linear, Cluster(256), EQUAL).rollout)

@@ -25,6 +25,7 @@ from deploy_targets.agent.command import parse_binding, read_token
 from deploy_targets.agent.service import NUM_WRONG_TOKENS
 from deploy_targets.catalog import open_engine_here
 from deploy_targets.deltas import packed, unpack
+from deploy_targets.engines.outbox import Outbox
 from deploy_targets.engines.remote import RemoteEngine
 from deploy_targets.errors import EngineError, UsageError
 from deploy_targets.profile import load_profile
@@ -99,6 +100,19 @@ def test_what_changed_is_sent_and_no_more(engine: RemoteEngine, model: Path, tmp
     engine.update(WeightFile(weights, 4))
     assert engine.bytes_sent["whole"] == before["whole"]
     assert 0 < engine.bytes_sent["delta"] < weights.stat().st_size / 5
+
+
+def test_an_engine_that_comes_back_is_sent_what_changed_meanwhile(agent: Agent, folder: Path, model: Path, tmp_path: Path) -> None:
+    """A pool's outbox outlives its engines, and the agent what it holds."""
+    outbox = Outbox()
+    RemoteEngine(PROFILE, folder, 3, url=agent.url, token=TOKEN, outbox=outbox).close()
+    shutil.copytree(folder, tmp_path / "artifact")
+    shutil.move(moved(model, tmp_path / "next", 0.001), tmp_path / "artifact" / WEIGHTS_FILE)
+    again = RemoteEngine(PROFILE, tmp_path / "artifact", 4, url=agent.url, token=TOKEN, outbox=outbox)
+    assert again.bytes_sent["whole"] == 0
+    assert 0 < again.bytes_sent["delta"] < (folder / WEIGHTS_FILE).stat().st_size / 5
+    assert again.generate(PROMPTS, Sampling(2))[0].weight_version == 4
+    again.close()
 
 
 def test_a_base_that_the_agent_lost_is_sent_whole(engine: RemoteEngine, agent: Agent, model: Path, folder: Path, tmp_path: Path) -> None:
