@@ -73,10 +73,13 @@ class LoopState:
 def save_checkpoint(folder: Path, state: LoopState, learner: Learner, config: CheckpointConfig) -> Path:
     """Write a checkpoint under a temporary name, flush it, rename it, read it back, and only then delete what is no longer kept.
 
-    Raises `OSError` where it cannot be written; what was there before is untouched then.
+    One that is there already, with the same `state`, stays. Raises `OSError` where it cannot be written; what was there before is
+    untouched then.
     """
     final = folder / name_of(state.step)
     temporary, replaced = (final.with_suffix(suffix) for suffix in (".partial", ".replaced"))
+    if damage_of(final) is None and load_state(final) == state:
+        return final
     for left_over in (temporary, replaced):
         shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -119,6 +122,10 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
     Raises `RunFolderError` when all are damaged.
     """
+    for replaced in folder.glob("step-*.replaced"):
+        # A kill came between two renames: what was to be replaced is what there is.
+        if not replaced.with_suffix("").exists():
+            os.replace(replaced, replaced.with_suffix(""))
     found = checkpoints(folder)
     for checkpoint in reversed(found):
         damage = damage_of(checkpoint)

@@ -71,7 +71,8 @@ def run_training(
     if config.learner.launcher == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("learner.launcher = 'ray' starts the ranks itself: run the command without torchrun or deepspeed")
     if int(os.environ.get("RANK", "0")) > 0:
-        follow_run(config, profile)
+        if not dry_run:
+            follow_run(config, profile)
         return 0
     if not resume:
         check_free(run_dir or default_run_dir(profile.name))

@@ -76,7 +76,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
     reference_gap = parts.publisher.calibrate(probes)
     return LoopState(
         step=0,
-        weight_version=0,
+        weight_version=parts.publisher.engine.weight_version,
         dual=DualState(config.constraint.first_multiplier),
         floor=found.floor,
         tolerance=found.tolerance,

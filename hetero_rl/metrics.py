@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,7 @@ class MetricsWriter:
         path = run_dir / "metrics.jsonl"
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
         if offset is not None:
-            self._file.truncate(offset)
+            self._file.truncate(min(offset, path.stat().st_size))
         first_step = path.read_bytes().count(b"\n")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step if offset is not None else None)
 
@@ -115,7 +116,8 @@ class MetricsWriter:
 
     @property
     def offset(self) -> int:
-        """Bytes of `metrics.jsonl` so far."""
+        """Bytes of `metrics.jsonl` so far, which are on the disk: a checkpoint that counts on them may be there sooner."""
+        os.fsync(self._file.fileno())
         return self._file.seek(0, 2)
 
     def __enter__(self) -> MetricsWriter:

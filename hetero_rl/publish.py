@@ -36,6 +36,8 @@ PROOF_GAP_FACTOR = 5.0
 """How far the gap may grow over the one of the freshly built engine before the update counts as failed."""
 STALE_MARGIN = 2.0
 """A twin that moved by more than this many kernel gaps must have taken the engine along."""
+NEARER = 1.25
+"""So many times nearer to the old weights than to the new is what chance does not make of an engine whose kernels' gap has grown."""
 
 NUM_CALIBRATION_SEQUENCES = 64
 """Rollouts that a calibrated quantizer rounds by."""
@@ -123,8 +125,8 @@ class Publisher:
         return self._calibrated is not None and not self.calibration
 
     def start_calibrated(self, sequences: Sequence[TokenSequence]) -> None:
-        """Serve the same version of the weights rounded by `sequences`; before anything is measured or proven. Raises `EngineError`."""
-        failure, _ = self._swap(self.engine.weight_version, sequences)
+        """Serve the weights rounded by `sequences`, as the next version; before anything is measured or proven. Raises `EngineError`."""
+        failure, _ = self._swap(self.engine.weight_version + 1, sequences)
         if failure is not None:
             raise EngineError(failure)
         os.replace(self._pending, self._weights)
@@ -191,8 +193,7 @@ class Publisher:
 
     def _write(self, path: Path) -> None:
         if self._calibrated is not None and self.calibration:
-            self._calibrated.calibrate(self._learner.named_tensors(), self._learner.input_grams(self.calibration))
-            self._learner.forget_twins()
+            self._learner.calibrate(self.calibration)
         write_version(
             path, self._quantizer, self._learner.named_tensors(), self._model_dir, num_tensors_max=4 * self._learner.num_tensors + 64
         )
@@ -200,7 +201,8 @@ class Publisher:
     def _proof_failure(self) -> str | None:
         before = self._told_apart
         failure = self._prove(lambda measured: proof_failure(measured, before, self._reference_gap))
-        if before is None or moved_apart(self._twin, before, self._reference_gap):
+        # What the gap has grown to blurs as much: only a step beyond it tells old weights from new.
+        if before is None or moved_apart(self._twin, before, max(self._reference_gap, self._proof_gap)):
             self._told_apart = self._twin
         return failure
 
@@ -265,7 +267,7 @@ def proof_failure(now: ProbeProbabilities, before: NDArray[np.float32] | None, r
 
     Two rules, both on abs(dp) between the engine and the fake-quantized learner: the engine must agree with the new weights
     about as well as the fresh engine agreed with its own (`reference_gap`), and when the learner moved far enough to tell,
-    it must agree with them better than with those of `before`, the last twin that could be told from the one before it.
+    it must not agree clearly better (`NEARER`) with those of `before`, the last twin that could be told from the one before it.
     """
     for whose, values in (("the engine's", now.engine), ("the learner's", now.twin)):
         if not np.isfinite(values).all():
@@ -275,7 +277,7 @@ def proof_failure(now: ProbeProbabilities, before: NDArray[np.float32] | None, r
         return f"mean abs(dp) to the published weights is {now.gap:.4f} on {len(now.engine)} probe tokens, more than {bound:.4f}"
     if before is not None:
         to_old = float(np.abs(before - now.engine).mean())
-        if moved_apart(now.twin, before, reference_gap) and to_old < now.gap:
+        if moved_apart(now.twin, before, reference_gap) and NEARER * to_old < now.gap:
             return f"the engine answers as before the update (abs(dp) {to_old:.4f} to the old weights, {now.gap:.4f} to the new)"
     return None
 

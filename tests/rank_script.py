@@ -23,6 +23,7 @@ from hetero_rl.learner.ranks import follow
 from hetero_rl.types import TrainSequence
 
 STAGES = (0, 1, 2, 3)
+CALIBRATED_STAGES = (0, 3)
 NUM_STEPS = 3
 
 
@@ -55,6 +56,26 @@ def train(learner: Learner, told: list[float], num_steps: int) -> dict[str, Any]
     return found
 
 
+def calibrated(model: Path, stage: int) -> dict[str, Any]:
+    """What the twin of a GPTQ target says before and after the rounding is calibrated."""
+    quantizer = make_quantizer(load_profile("int4-gptq-vllm"), model)
+    learner = Learner(
+        model, quantizer, LearnerConfig(zero_stage=stage, compute_dtype="float32"), AlgorithmConfig(), ConstraintConfig(),
+        temperature=1.0, num_updates=1, max_response_tokens=8, seed=0,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    if learner.ranks.leads:
+        probes = [TokenSequence((*s.prompt, *s.tokens.tolist()), len(s.prompt)) for s in batch(9)]
+        for name in ("nearest", "calibrated"):
+            found[name] = np.concatenate([score.logps for score in learner.score(probes, as_twin=True)]).tolist()
+            learner.calibrate(probes)
+        found["weights"] = {name: float(tensor.float().square().sum()) for name, tensor in learner.named_tensors()}
+    else:
+        follow(learner)
+    learner.close()
+    return found
+
+
 def main(model: Path, out: Path, num_steps: int = NUM_STEPS) -> None:
     profile = load_profile("int4-onnx")
     found: dict[str, Any] = {}
@@ -78,6 +99,8 @@ def main(model: Path, out: Path, num_steps: int = NUM_STEPS) -> None:
         learner.close()
         heard = json.dumps([value.hex() for value in told])
         (out / f"lambdas-{stage}-{learner.ranks.rank}").write_text(hashlib.sha256(heard.encode()).hexdigest())
+    for stage in CALIBRATED_STAGES:
+        found[f"calibrated-{stage}"] = calibrated(model, stage)
     if learner.ranks.leads:
         (out / "found.json").write_text(json.dumps(found))
 

@@ -39,7 +39,8 @@ class Host:
     def __init__(self, profile: TargetProfile, folder: Path, max_file_bytes: int) -> None:
         """Nothing is started. `folder` is emptied by `close`; the engine's options are those of `profile`, whatever is sent."""
         self.profile = profile.model_copy(update={"engine": profile.engine.model_copy(update={"process": "own"})})
-        self._files, self._serving, self._max_file_bytes = folder / "files", folder / "serving", max_file_bytes
+        self.folder, self._max_file_bytes = folder, max_file_bytes
+        self._files, self._serving = folder / "files", folder / "serving"
         self._files.mkdir(parents=True, exist_ok=True)
         self._engine: Engine | None = None
         self._lease = ""

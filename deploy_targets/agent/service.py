@@ -13,6 +13,7 @@ A body that is cut off leaves everything as it was; what is served changes in `s
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import tempfile
@@ -36,7 +37,9 @@ from deploy_targets.errors import DeployTargetsError, EngineError, UsageError, W
 
 MAX_JSON_BYTES = 64 << 20
 NUM_WRONG_TOKENS, WRONG_TOKENS_S = 10, 60.0
-"""So many wrong tokens within so many seconds, and nobody is let in until the oldest of them is that old."""
+"""So many wrong tokens from one address within so many seconds, and it is not let in until the oldest of them is that old."""
+NUM_ADDRESSES = 10_000
+"""That have sent wrong tokens and are remembered, the last ones."""
 _SPOOLED_BYTES = 16 << 20
 
 Json = Mapping[str, Any]
@@ -77,7 +80,7 @@ def make_app(host: Host, token: str, max_file_bytes: int) -> ASGIApp:
 
     async def receive(request: Request) -> Response:
         base, received = request.query_params.get("base"), 0
-        with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES) as body:
+        with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES, dir=host.folder) as body:
             async for chunk in request.stream():
                 received += len(chunk)
                 if received > max_file_bytes:
@@ -121,6 +124,11 @@ def make_app(host: Host, token: str, max_file_bytes: int) -> ASGIApp:
 
         return Route(f"/v1/{call.__name__}", endpoint, methods=["POST"])
 
+    async def broken(request: Request, error: Exception) -> Response:
+        """Its disk is full, or its folder is gone."""
+        status = 507 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 500
+        return JSONResponse({"error": pack_error(EngineError(f"its folder {host.folder} cannot be written: {error}"))}, status)
+
     async def refused(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": pack_error(error)}, _status(error))
 
@@ -137,7 +145,9 @@ def make_app(host: Host, token: str, max_file_bytes: int) -> ASGIApp:
         Route(file, receive, methods=["PUT"]),
     ]
     routes += [post(call) for call in (start, update, generate, score)]
-    app = Starlette(routes=routes, exception_handlers={DeployTargetsError: refused, ClientDisconnect: refused}, lifespan=lifespan)
+    app = Starlette(
+        routes=routes, exception_handlers={DeployTargetsError: refused, ClientDisconnect: refused, OSError: broken}, lifespan=lifespan
+    )
     return _Guarded(app, token, counters)
 
 
@@ -146,7 +156,8 @@ class _Guarded:
 
     def __init__(self, app: ASGIApp, token: str, counters: Counters) -> None:
         self._app, self._token, self._counters = app, token.encode(), counters
-        self._wrong: deque[float] = deque(maxlen=NUM_WRONG_TOKENS)
+        self._wrong: dict[str, deque[float]] = {}
+        """Address -> when the last wrong tokens came from it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Any) -> None:
@@ -156,16 +167,21 @@ class _Guarded:
 
         app: ASGIApp = self._app
         if scope["type"] == "http" and scope["path"] != "/health":
-            app = self._refusal(dict(scope["headers"]).get(b"authorization", b"")) or app
+            address = str((scope.get("client") or ("unknown",))[0])
+            app = self._refusal(address, dict(scope["headers"]).get(b"authorization", b"")) or app
         await app(scope, receive, counted)
 
-    def _refusal(self, given: bytes) -> Response | None:
-        now = time.monotonic()
-        if len(self._wrong) == NUM_WRONG_TOKENS and now - self._wrong[0] < WRONG_TOKENS_S:
+    def _refusal(self, address: str, given: bytes) -> Response | None:
+        now, wrong = time.monotonic(), self._wrong.get(address, deque(maxlen=NUM_WRONG_TOKENS))
+        if len(wrong) == NUM_WRONG_TOKENS and now - wrong[0] < WRONG_TOKENS_S:
             return _error_response(429, "too many wrong tokens; wait a minute")
         if hmac.compare_digest(given, b"Bearer " + self._token):
             return None
-        self._wrong.append(now)
+        wrong.append(now)
+        self._wrong.pop(address, None)
+        self._wrong[address] = wrong
+        while len(self._wrong) > NUM_ADDRESSES:
+            del self._wrong[next(iter(self._wrong))]
         return _error_response(401, "the token is missing or wrong")
 
 

@@ -174,27 +174,23 @@ class PoolEngine:
 
         def serve(member: _Member) -> None:
             while (index := _next(work)) is not None:
-                assert member.engine is not None
-                error: Exception | None = None
+                request, answer, error = requests[index], None, None
                 try:
-                    answer = ask(member.engine, requests[index])
-                    self._check(answer, size(requests[index]))
-                    answers[index] = answer
-                    member.failures = 0
+                    answer = self._answer(member, request, ask, size(request))
                 except Exception as raised:
                     error = raised
-                is_its_fault = isinstance(error, EngineError)
-                if is_its_fault:
-                    self._take_out(member, str(error))
                 with work.changed:
+                    # Whatever happened, the others must not wait for this one.
                     work.num_asked -= 1
-                    if is_its_fault:
+                    if error is not None:
+                        work.error = error
+                    elif answer is not None:
+                        answers[index] = answer
+                    else:
                         work.waiting.appendleft(index)
                         self.num_resent += 1
-                    elif error is not None:
-                        work.error = error
                     work.changed.notify_all()
-                if error is not None:
+                if answer is None:
                     return
 
         while len(answers) < len(requests) and work.error is None:
@@ -203,6 +199,18 @@ class PoolEngine:
         if work.error is not None:
             raise work.error
         return [item for index in range(len(requests)) for item in answers[index]]
+
+    def _answer(self, member: _Member, request: Request, ask: Callable[[Engine, Request], list[Answer]], size: int) -> list[Answer] | None:
+        """What `member` answers; None where it fails and is taken out. Raises what is not its fault."""
+        assert member.engine is not None
+        try:
+            answer = ask(member.engine, request)
+            self._check(answer, size)
+        except EngineError as error:
+            self._take_out(member, str(error))
+            return None
+        member.failures = 0
+        return answer
 
     def _check(self, answer: Sequence[object], count: int) -> None:
         """Raises `EngineError` for an answer that is none to the question, or of another version of the weights."""

@@ -49,6 +49,7 @@ class RemoteEngine:
         self._lock = threading.Lock()
         self._client = _client(self.url, token, ca_file, call_timeout_s)
         self._outbox = outbox or Outbox()
+        self._lease: str | None = None
         try:
             self._lease = self._start(profile, Path(artifact_dir))
         except BaseException:
@@ -57,9 +58,9 @@ class RemoteEngine:
 
     def update(self, weights: WeightFile) -> int:
         """Send what changed since a version that the agent holds, or all of it where that is not less, and have it served."""
-        sha256 = self._send(weights.path)
+        sha256, path = self._outbox.hold(weights.path)
+        self._send(sha256, path)
         answer = self._post("update", {"sha256": sha256, "weight_version": weights.weight_version})
-        self._outbox.keep(weights.path, sha256)
         self.weight_version = int(answer["weight_version"])
         return self.weight_version
 
@@ -81,26 +82,25 @@ class RemoteEngine:
         paths = {path.relative_to(artifact_dir).as_posix(): path for path in sorted(artifact_dir.rglob("*")) if path.is_file()}
         # Beside the weights of now lie, while they are published, those of the next version.
         paths = {name: path for name, path in paths.items() if not name.endswith((".next", ".proven", ".partial"))}
-        files = {name: self._send(path) for name, path in paths.items()}
+        files: dict[str, str] = {}
+        for name, path in paths.items():
+            # While this is sent, the run may go on elsewhere and put its next version under the same name.
+            files[name], sent = self._outbox.hold(path) if name in WEIGHTS_FILES else (self._outbox.sha256(path), path)
+            self._send(files[name], sent)
         asked = {"files": files, "weight_version": self.weight_version, "scheme": profile.scheme.model_dump(mode="json")}
-        lease = str(self._ask("POST", "/v1/start", json=asked)["lease"])
-        for name in set(files) & set(WEIGHTS_FILES):
-            self._outbox.keep(paths[name], files[name])
-        return lease
+        return str(self._ask("POST", "/v1/start", json=asked)["lease"])
 
-    def _send(self, path: Path) -> str:
-        """Bring a file to the agent, if it does not hold it; returns its sha256."""
-        sha256 = self._outbox.sha256(path)
+    def _send(self, sha256: str, path: Path) -> None:
+        """Bring a file to the agent, if it does not hold it."""
         if self._holds(sha256):
-            return sha256
-        base = next(filter(self._holds, self._outbox.bases), None)
+            return
+        base = next(filter(self._holds, self._outbox.bases(sha256)), None)
         delta = None if base is None else self._outbox.difference(path, sha256, base)
         if delta is None:
             self._put(sha256, "whole", lambda: packed(path, None))
         else:
             with delta:
                 self._put(f"{sha256}?base={base}", "delta", lambda: iter(lambda: delta.read(BLOCK_BYTES), b""))
-        return sha256
 
     def _holds(self, sha256: str) -> bool:
         return self._status("HEAD", f"/v1/files/{sha256}") == 200
@@ -138,7 +138,7 @@ class RemoteEngine:
     def _status(self, method: str, path: str) -> int:
         status = self._request(method, path, None, None, is_repeatable=True).status_code
         if status in (401, 429):
-            raise UsageError(f"the agent at {self.url} does not accept the token ({status}); it is the one of its --token-file")
+            raise self._refused(status)
         return status
 
     def _request(
@@ -158,9 +158,14 @@ class RemoteEngine:
                     raise EngineError(f"the engine at {self.url} is closed: {error}") from None
         raise AssertionError("the last attempt returns or raises")
 
+    def _refused(self, status: int) -> DeployTargetsError:
+        """A wrong token is the user's mistake; later on it is the agent that has changed, and others may serve."""
+        kind = UsageError if self._lease is None else EngineError
+        return kind(f"the agent at {self.url} does not accept the token ({status}); it is the one of its --token-file")
+
     def _error(self, method: str, path: str, status: int, answer: Any) -> DeployTargetsError:
         if status in (401, 429):
-            return UsageError(f"the agent at {self.url} does not accept the token ({status}); it is the one of its --token-file")
+            return self._refused(status)
         try:
             told = answer["error"]
             error = unpack_error(told)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deploy_targets.errors import UsageError
-from deploy_targets.protocols import Quantizer
+from deploy_targets.protocols import CalibratedQuantizer, Quantizer
 from deploy_targets.quantizers.kv_cache import CacheRounding
 from deploy_targets.saved_names import saved_views
 from deploy_targets.types import Sampling, TokenSequence
@@ -98,6 +98,7 @@ class Learner:
         self.compute_dtype = str(compute_dtype).removeprefix("torch.")
         # Where only the proof of a publish runs the twin, and that once, it is not worth a second copy of the model.
         keep = constraint.signal in PAIRED or learner.forward == "fake_quant" or algorithm.score_centering
+        self._quantizer = quantizer
         self.twins = add_twin(lm, quantizer, self._stored, keep=keep)
         if compute_dtype is torch.float32:
             compute_in_float32(lm)
@@ -267,7 +268,7 @@ class Learner:
         """The bf16 weights as a saved checkpoint has them (`saved_views`), one at a time; under ZeRO-3 each is gathered and let go."""
         import deepspeed
 
-        if self.config.zero_stage == 3 and self.ranks.size > 1 and self.ranks.leads:
+        if self.config.zero_stage == 3 and self.ranks.size > 1 and self.ranks.leads and not self.ranks.are_together:
             # Not before the first is asked for: until then other calls may come between.
             self.ranks.tell("named_tensors", (), {})
         output = self.policy.lm.get_output_embeddings()
@@ -290,6 +291,13 @@ class Learner:
     def input_grams(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Weight name -> mean of x x^T over the inputs of each quantized layer while the model reads `sequences`; see gram.py."""
         return input_grams(self.policy.lm, self.twins, [sequence.tokens for sequence in sequences], self.config.tokens_per_micro_batch)
+
+    @on_every_rank
+    def calibrate(self, sequences: Sequence[TokenSequence]) -> None:
+        """Have a calibrated quantizer round by what the layers see of `sequences`, each rank its own: each has a twin."""
+        assert isinstance(self._quantizer, CalibratedQuantizer)
+        self._quantizer.calibrate(self.named_tensors(), self.input_grams(sequences))
+        self.forget_twins()
 
     def forget_twins(self) -> None:
         """Drop all rounded weights; due after every change of the weights or of how they are rounded."""

@@ -84,6 +84,11 @@ class Ranks:
         """Whether this is the rank that runs the loop."""
         return self.rank == 0
 
+    @property
+    def are_together(self) -> bool:
+        """Whether all are in the same call, so that what it calls need not be told."""
+        return self._depth > 0
+
     def tell(self, *words: Any) -> None:
         """Rank 0 says what it does next."""
         dist.broadcast_object_list([words], src=0, group=self._words)

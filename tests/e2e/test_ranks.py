@@ -69,6 +69,16 @@ def test_lambda_is_the_same_bits_on_all_ranks(by_ranks: dict[int, dict[str, Any]
     assert (folder / f"lambdas-{stage}-0").read_text() == (folder / f"lambdas-{stage}-1").read_text()
 
 
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_every_rank_rounds_by_the_same_calibration(by_ranks: dict[int, dict[str, Any]], stage: str) -> None:
+    """The twin of a rank that has none would be that of rounding to nearest."""
+    one, two = (by_ranks[num][f"calibrated-{stage}"] for num in (1, 2))
+    moved = np.abs(np.subtract(one["calibrated"], one["nearest"])).max()
+    assert moved > 0.01
+    assert np.abs(np.subtract(two["calibrated"], one["calibrated"])).max() < moved / 10
+    assert two["weights"] == pytest.approx(one["weights"])
+
+
 def test_the_deepspeed_launcher_and_a_resume(tmp_path: Path) -> None:
     """ZeRO 3 on two ranks through the command line; stopped half-way, it goes on with two, and says why not with one."""
     settings = with_settings(*SHORT_RUN, "learner.zero_stage=3")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from deploy_targets.deltas import unpack
 from deploy_targets.engines import outbox as module
-from deploy_targets.engines.outbox import NUM_KEPT, Outbox
+from deploy_targets.engines.outbox import NUM_HELD, Outbox
 
 SIZE, ASKING = 200_000, 16
 
@@ -27,29 +29,30 @@ def version(folder: Path, number: int) -> Path:
     return path
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[object]:
-    """Calls of a function of the module, each as slow as those who ask at once need to meet."""
+def slowed(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[object]:
+    """Calls of a function, each so slow that those who ask at once meet."""
     calls: list[object] = []
-    function = getattr(module, name)
+    function = getattr(owner, name)
 
-    def count(*arguments: object) -> object:
+    def slow(*arguments: object) -> object:
         calls.append(arguments)
         threading.Event().wait(0.1)
         return function(*arguments)
 
-    monkeypatch.setattr(module, name, count)
+    monkeypatch.setattr(owner, name, slow)
     return calls
 
 
 def test_however_many_ask_it_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, packed = counted(monkeypatch, "sha256_of"), counted(monkeypatch, "packed")
+    hashed, packed = slowed(monkeypatch, hashlib, "file_digest"), slowed(monkeypatch, module, "packed")
     old, new = version(tmp_path, 1), version(tmp_path, 2)
     box = Outbox()
-    box.keep(old, box.sha256(old))
-    (base,) = box.bases
+    base, _ = box.hold(old)
 
     def ask(index: int) -> bytes:
-        delta = box.difference(new, box.sha256(new), base)
+        sha256, path = box.hold(new)
+        assert box.bases(sha256) == [base]
+        delta = box.difference(path, sha256, base)
         assert delta is not None
         with delta:
             return delta.read()
@@ -63,32 +66,52 @@ def test_however_many_ask_it_is_made_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "out").read_bytes() == new.read_bytes()
 
 
-def test_the_last_versions_are_kept_even_when_their_files_go(tmp_path: Path) -> None:
-    box = Outbox()
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
+def test_what_is_held_stays_whatever_comes_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    box, published = Outbox(), tmp_path / "weights"
     hashes: list[str] = []
     for number in range(4):
-        path = version(tmp_path, number)
-        hashes.append(box.sha256(path))
-        for base in box.bases:
-            delta = box.difference(path, hashes[-1], base)
+        content = version(tmp_path, number).read_bytes()
+        os.replace(tmp_path / f"v{number}", published)
+        sha256, held = box.hold(published)
+        assert (sha256, held.read_bytes()) == (hashlib.sha256(content).hexdigest(), content)
+        for base in box.bases(sha256):
+            delta = box.difference(held, sha256, base)
             assert delta is not None
             delta.close()
-        box.keep(path, hashes[-1])
-        path.unlink()
-    assert box.bases == hashes[: -NUM_KEPT - 1 : -1]
-    assert box.difference(version(tmp_path, 9), "9", hashes[0]) is None
-    folder = Path(box._folder.name)
-    assert {path.name.partition("-")[0] for path in folder.iterdir()} == set(box.bases)
+        hashes.append(sha256)
+    assert box.bases("another") == hashes[: -NUM_HELD - 1 : -1]
+    assert box.difference(held, hashes[-1], hashes[0]) is None
+    folder = box._folder
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} == {*hashes[-NUM_HELD:]}
     del box
     assert not folder.exists()
 
 
-def test_a_version_that_is_served_again_is_the_newest(tmp_path: Path) -> None:
+def test_another_version_that_comes_between_hash_and_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publish in the middle of a restart: what is sent is what was hashed."""
+    published, later = version(tmp_path, 1), version(tmp_path, 2)
+    content, link = published.read_bytes(), os.link
+
+    def published_meanwhile(source: Path, target: Path) -> None:
+        os.replace(later, published)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", published_meanwhile)
+    box = Outbox()
+    sha256, held = box.hold(published)
+    assert (sha256, held.read_bytes()) == (hashlib.sha256(content).hexdigest(), content)
+
+
+def test_a_version_that_is_held_again_is_the_newest(tmp_path: Path) -> None:
     box, paths = Outbox(), [version(tmp_path, number) for number in range(2)]
-    hashes = [box.sha256(path) for path in paths]
-    for index in (0, 1, 0):
-        box.keep(paths[index], hashes[index])
-    assert box.bases == hashes
+    hashes = [box.hold(paths[index])[0] for index in (0, 1, 0)]
+    assert box.bases("another") == hashes[:2]
 
 
 def test_what_is_no_shorter_goes_whole(tmp_path: Path) -> None:
@@ -97,8 +120,8 @@ def test_what_is_no_shorter_goes_whole(tmp_path: Path) -> None:
     for path in (old, new):
         path.write_bytes(rng.bytes(SIZE))
     box = Outbox()
-    box.keep(old, box.sha256(old))
-    assert box.difference(new, box.sha256(new), box.bases[0]) is None
+    base, _ = box.hold(old)
+    assert box.difference(new, box.sha256(new), base) is None
 
 
 def test_a_failure_is_everybodys_and_no_longer_than_it_lasts() -> None:

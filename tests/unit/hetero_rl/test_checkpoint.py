@@ -88,9 +88,25 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     save(tmp_path, 1)
     for step in (1, 2):
         with pytest.raises(OSError, match=f"step {step} could not be written.*No space left"):
-            save(tmp_path, step, learner=FillsTheDisk())
+            save(tmp_path, step, 0.5, learner=FillsTheDisk())
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert newest_whole(tmp_path, pytest.fail) == tmp_path / "step-000001"
+
+
+def test_the_same_state_is_not_written_twice(tmp_path: Path) -> None:
+    """A signal in the step of a checkpoint: it is there already, and the grace period short."""
+    first = save(tmp_path, 1, 0.5)
+    assert save(tmp_path, 1, 0.5, learner=FillsTheDisk()) == first
+    (first / "learner" / "states.pt").write_bytes(b"damaged")
+    save(tmp_path, 1, 0.5)
+    assert newest_whole(tmp_path, pytest.fail) == first
+
+
+def test_a_kill_between_two_renames(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, 0.5)
+    os.replace(first, first.with_suffix(".replaced"))
+    assert newest_whole(tmp_path, pytest.fail) == first
+    assert load_state(first).deployed_accuracy == 0.5
 
 
 def test_the_same_step_again(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_quantizer_that_is_not_calibrated_costs_nothing(publisher: Publisher, 
     def read(sequences: object) -> None:
         raise AssertionError("the model read sequences that nobody needs")
 
-    monkeypatch.setattr(publisher._learner, "input_grams", read)
+    monkeypatch.setattr(publisher._learner, "calibrate", read)
     assert not publisher.awaits_calibration
     publisher.publish(1, PROBES)
     assert publisher.calibration == ()
