@@ -4,8 +4,9 @@
     checkpoints/step-000050/learner/       DeepSpeed's own files: master weights, optimizer, scheduler
     checkpoints/step-000050/files.json     sha256 of all of them
 
-Nothing random needs to be stored: problems and sampling follow from (seed, step). DeepSpeed's files are pickles; they are
-read from your own run folder only, so treat a run folder from elsewhere as you would treat a program from elsewhere.
+Nothing random needs to be stored: problems and sampling follow from (seed, step). What was sampled ahead is, as its weights are
+gone. DeepSpeed's files are pickles; they are read from your own run folder only, so treat a run folder from elsewhere as you would
+treat a program from elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy_targets.types import TokenSequence
 from deploy_targets.weights_file import sha256_of
@@ -66,6 +68,10 @@ class LoopState:
     """Deployed accuracy before any update."""
     deployed_accuracy: float | None = None
     """The same after this very step, where it was evaluated."""
+    row: dict[str, float] | None = None
+    """Metrics of the last step, where its floor or evaluation failed and is still to be made."""
+    ahead: dict[str, Any] | None = None
+    """Rollouts of the next step that were made before the last one's weights were served (ahead.py)."""
     metrics_offset: int = 0
     """Bytes of metrics.jsonl that belong to the completed steps."""
 

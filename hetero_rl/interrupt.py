@@ -1,16 +1,16 @@
-"""What may end a run early without costing a step: Ctrl-C, SIGTERM, and an engine or a reward that fails while a rollout is made."""
+"""What may end a run early without costing a step: Ctrl-C, SIGTERM, and an engine or a reward that fails."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from hetero_rl.checkpoint import LoopState, save_checkpoint
-from hetero_rl.config import RunConfig
-from hetero_rl.learner.deepspeed_learner import Learner
+from hetero_rl.checkpoint import LoopState
+from hetero_rl.config import LoopConfig
 from hetero_rl.view import View
+
+Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 @contextmanager
@@ -35,16 +35,18 @@ def stop_signals(view: View) -> Iterator[list[int]]:
 
 
 @contextmanager
-def saved_on_failure(folder: Path, state: LoopState, learner: Learner, config: RunConfig, view: View) -> Iterator[None]:
-    """Around code of others that runs while learner and engine stand where `state` says: what it raises costs no step."""
+def saved_on_failure(
+    save: Callable[[LoopState], None], state: LoopState, loop: LoopConfig, view: View, kinds: Kinds = Exception
+) -> Iterator[None]:
+    """Around code of others that runs while the learner stands where `state` says: what it raises, of these kinds, costs no step."""
     try:
         yield
-    except Exception:
-        if state.step % config.loop.publish_every != 0:
+    except kinds:
+        if not loop.publishes(state.step):
             view.warn("this is between two publishes, where no checkpoint can be made; --resume goes on from the last one")
             raise
         try:
-            save_checkpoint(folder, state, learner, config.checkpoint)
+            save(state)
             view.warn(f"saved a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
         except OSError as error:
             view.warn(f"no checkpoint of step {state.step} could be saved: {error}")

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
+from deploy_targets.errors import EngineError
 from deploy_targets.profile import TargetProfile
 from deploy_targets.types import TokenSequence
-from hetero_rl.ahead import Ahead
+from hetero_rl.ahead import Ahead, Logps
 from hetero_rl.algorithm.advantage import advantages
 from hetero_rl.algorithm.constraint import DualConfig, dual_step, infeasible_message
 from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.algorithm.tolerance import mean_gap
-from hetero_rl.checkpoint import newest_whole, save_checkpoint
+from hetero_rl.checkpoint import LoopState, newest_whole, save_checkpoint
 from hetero_rl.config import ConstraintConfig, RunConfig
 from hetero_rl.export import export_artifact
 from hetero_rl.floor import measure_start, measured_anew
@@ -35,7 +36,7 @@ from hetero_rl.pool import pool_row
 from hetero_rl.publish import Publisher
 from hetero_rl.rollout import accuracy, collect, sample, train_sequences
 from hetero_rl.run_folder import RunFolder
-from hetero_rl.step_metrics import Clock, first_row, step_row
+from hetero_rl.step_metrics import Clock, Row, first_row, step_row
 from hetero_rl.types import TrainSequence
 from hetero_rl.view import View
 
@@ -62,97 +63,114 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         if state is None:
             view.phase("measuring the floor")
             state = measure_start(config, parts)
-        dual_config = controller(config, state.tolerance)
+            state = replace(state, row=first_row(state))
         metrics = stack.enter_context(MetricsWriter(run.path, state.metrics_offset if resume else None))
         snapshot = learner.snapshot() if loop.publish_every > 1 else None
-        ahead = stack.enter_context(Ahead(lambda step, lap: collect(publisher.engine, task, sampling, loop, step, lap)))
+        make = lambda step, lap: collect(publisher.engine, task, sampling, loop, step, lap)  # noqa: E731 - a rebuild changes the engine
+        ahead = stack.enter_context(Ahead(make, state.step, state.ahead))
         stopped_by = stack.enter_context(stop_signals(view))
+        clock = Clock()
         view.start(config, profile, state)
 
-        if parts.restored is None:
-            row = first_row(state) | evaluate(parts, config.evaluation.num_final_problems)
-            state = replace(state, start_accuracy=row["eval/deployed_accuracy"])
-            metrics.write(row)
-            state = replace(state, metrics_offset=metrics.offset)
-            view.step(row)
+        def save(state: LoopState) -> None:
+            owed = ahead.packed(lambda sequences: old_logps(learner, snapshot, sequences))
+            save_checkpoint(run.checkpoints, replace(state, ahead=owed or state.ahead), learner, config.checkpoint)
 
-        # An interrupt takes effect where learner and engine hold the same weights, so that a resume finds both again.
-        while state.step < loop.num_steps and not (stopped_by and state.step % loop.publish_every == 0):
+        while True:
+            # Served and proven, a step is still to be measured and written: the last one, or that of which a resume finds this undone.
+            if state.row is not None:
+                with saved_on_failure(save, state, loop, view):
+                    state, row = measured(state, state.row, config, parts, clock)
+                metrics.write(row)
+                view.step(row)
+                state = replace(state, row=None, metrics_offset=metrics.offset)
+                if state.step and is_checkpoint(config, state.step):
+                    save(state)
+            # An interrupt takes effect where learner and engine hold the same weights, so that a resume finds both again.
+            if state.step == loop.num_steps or (stopped_by and loop.publishes(state.step)):
+                break
+
             clock = Clock()
-            with saved_on_failure(run.checkpoints, state, learner, config, view):
-                rollouts, phases = ahead.take(state.step)
+            with saved_on_failure(save, state, loop, view):
+                rollouts, phases, logps = ahead.take(state.step)
                 clock.lap("perf/wait_s")
                 advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
                 sequences = train_sequences(rollouts, advantage.numpy())
-            if snapshot is not None:
-                sequences = with_old_logp(learner, snapshot, sequences)
+            if snapshot is not None or logps is not None:
+                logps = old_logps(learner, snapshot, sequences) if logps is None else logps
+                sequences = [replace(sequence, learner_old_logp=old) for sequence, old in zip(sequences, logps, strict=True)]
             if loop.schedule == "one_step_off":
                 snapshot = None
-                if not ends_pipeline(config, state.step + 1):
+                if not is_checkpoint(config, state.step + 1):
                     snapshot = learner.snapshot()
                     ahead.start(state.step + 1)
-            multiplier = state.dual.multiplier
+            multiplier, dual_config = state.dual.multiplier, controller(config, state.tolerance)
             if gate is not None:
                 learner.keep_masters()
             update = learner.update(sequences, multiplier)
             gap = update.sums.gap
             dual = dual_step(state.dual, gap.mean_engine_gap, dual_config, rollouts.mean_reward)
+            if dual.bound != state.dual.bound:
+                view.warn(infeasible_message(dual, dual_config, state.floor.mean))
             clock.lap("perf/learner_s")
             ahead.wait()
             clock.lap("perf/wait_s")
 
-            proof_gap, version, rejected = float("nan"), state.weight_version, False
-            if (state.step + 1) % loop.publish_every == 0 or state.step + 1 == loop.num_steps:
-                version += 1
-                proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
-                rejected = gate is not None and not engine_gap(parts, config.constraint, rollouts.sequences) <= gate * gap.mean_engine_gap
-                if rejected:
+            state = replace(state, step=state.step + 1, dual=dual, num_ranks=learner.ranks.size, deployed_accuracy=None, ahead=None)
+            row = step_row(state, rollouts, phases, update, multiplier)
+            state = replace(state, row=row)
+            if loop.publishes(state.step):
+                state = replace(state, weight_version=state.weight_version + 1)
+                # Without a gate to pass, a resume serves and proves by its start what no engine took.
+                with saved_on_failure(save, state, loop, view, EngineError if gate is None else ()):
+                    publisher.publish(state.weight_version, rollouts.sequences)
+                if gate is not None and not engine_gap(parts, config.constraint, rollouts.sequences) <= gate * gap.mean_engine_gap:
                     learner.restore_masters()
-                    version += 1
-                    proof_gap = publisher.publish(version, rollouts.sequences).proof_gap
+                    row = {**row, "publish/rejected": 1}
+                    state = replace(state, weight_version=state.weight_version + 1, row=row)
+                    publisher.publish(state.weight_version, rollouts.sequences)
                 snapshot = learner.snapshot() if loop.publish_every > 1 else snapshot
             clock.lap("perf/publish_s")
-
             if publisher.num_rebuilds and not state.num_rebuilds:
                 view.warn(rebuilt_message(profile, publisher))
-            if dual.bound != state.dual.bound:
-                view.warn(infeasible_message(dual, dual_config, state.floor.mean))
-            state = replace(state, step=state.step + 1, weight_version=version, dual=dual, num_rebuilds=publisher.num_rebuilds)
-            state = replace(state, calibration=publisher.calibration, deployed_accuracy=None, num_ranks=learner.ranks.size)
-            if measures_floor(config, state.step):
-                state = measured_anew(state, config, parts)
-                dual_config = controller(config, state.tolerance)
-                clock.lap("perf/floor_s")
-            row = step_row(state, rollouts, update, multiplier, proof_gap, rejected)
-            if state.step % config.evaluation.every_steps == 0 or state.step == loop.num_steps:
-                num_problems = config.evaluation.num_final_problems if state.step == loop.num_steps else config.evaluation.num_problems
-                evaluated = evaluate(parts, num_problems)
-                row, state = row | evaluated, replace(state, deployed_accuracy=evaluated["eval/deployed_accuracy"])
-                clock.lap("perf/eval_s")
-            row |= phases | clock.row(rollouts.num_tokens / phases["perf/rollout_s"]) | pool_row(publisher.engine)
-            metrics.write(row)
-            view.step(row)
-            state = replace(state, metrics_offset=metrics.offset)
-            if state.step % config.checkpoint.every_steps == 0 or state.step == loop.num_steps:
-                save_checkpoint(run.checkpoints, state, learner, config.checkpoint)
+            state = replace(state, num_rebuilds=publisher.num_rebuilds, calibration=publisher.calibration)
 
         if state.step < loop.num_steps:
-            save_checkpoint(run.checkpoints, state, learner, config.checkpoint)
+            save(state)
             return TrainResult(state.step, None, state.start_accuracy, None, stopped_by[0])
         view.phase("exporting the artifact")
         artifact_accuracy = export_artifact(config, profile, parts, state, run.artifact)
         return TrainResult(state.step, run.artifact, state.start_accuracy, artifact_accuracy)
 
 
-def ends_pipeline(config: RunConfig, step: int) -> bool:
-    """Whether the step after `step` steps samples for itself: there is none, or a checkpoint lies between."""
+def is_checkpoint(config: RunConfig, step: int) -> bool:
+    """Whether one is made after `step` steps; the step after it samples for itself (ahead.py)."""
     return step == config.loop.num_steps or step % config.checkpoint.every_steps == 0
 
 
+def measured(state: LoopState, row: Row, config: RunConfig, parts: Parts, clock: Clock) -> tuple[LoopState, Row]:
+    """`state` and the metrics of its step, with all that is known once its weights are served: proof, floor, accuracy."""
+    row = {**row, "publish/rebuilds": state.num_rebuilds}
+    if config.loop.publishes(state.step):
+        row["publish/proof_gap"] = parts.publisher.proof_gap
+    if measures_floor(config, state.step):
+        state = measured_anew(state, config, parts)
+        row |= {"constraint/floor": state.floor.mean, "constraint/tolerance": state.tolerance}
+        clock.lap("perf/floor_s")
+    if state.step % config.evaluation.every_steps == 0 or state.step == config.loop.num_steps:
+        is_end = state.step in (0, config.loop.num_steps)
+        row |= evaluate(parts, config.evaluation.num_final_problems if is_end else config.evaluation.num_problems)
+        clock.lap("perf/eval_s")
+        accuracy = row["eval/deployed_accuracy"]
+        # That of step 0 is of no update, and no checkpoint's.
+        state = replace(state, deployed_accuracy=accuracy) if state.step else replace(state, start_accuracy=accuracy)
+    return state, row | pool_row(parts.publisher.engine) | (clock.row() if state.step else {})
+
+
 def measures_floor(config: RunConfig, step: int) -> bool:
-    """Whether the floor is measured anew after `step` steps; after the last there is nothing more to bound."""
+    """Whether the floor is measured anew after `step` steps; before the first it was, and after the last there is nothing to bound."""
     every = config.constraint.floor_every
-    return every > 0 and step % every == 0 and step < config.loop.num_steps
+    return every > 0 and step % every == 0 and 0 < step < config.loop.num_steps
 
 
 def controller(config: RunConfig, tolerance: float) -> DualConfig:
@@ -174,10 +192,11 @@ def controller(config: RunConfig, tolerance: float) -> DualConfig:
     )
 
 
-def with_old_logp(learner: Learner, snapshot: int, sequences: list[TrainSequence]) -> list[TrainSequence]:
+def old_logps(learner: Learner, snapshot: int | None, sequences: list[TrainSequence]) -> list[Logps]:
     """Rollouts of an older version need the learner's log-probs under that version: engine gap and staleness stay apart."""
+    assert snapshot is not None
     scores = learner.score_snapshot(snapshot, [s.sequence for s in sequences], [s.routes for s in sequences])
-    return [replace(sequence, learner_old_logp=score.logps) for sequence, score in zip(sequences, scores, strict=True)]
+    return [score.logps for score in scores]
 
 
 def engine_gap(parts: Parts, constraint: ConstraintConfig, sequences: list[TokenSequence]) -> float:

@@ -115,6 +115,11 @@ class Publisher:
         self.engine = self._start_engine(folder, weight_version)
 
     @property
+    def proof_gap(self) -> float:
+        """Mean abs(p_twin - p_engine) of the last proof."""
+        return self._proof_gap
+
+    @property
     def probes(self) -> list[TokenSequence]:
         """The sequences that every update is proven on."""
         return self._probes

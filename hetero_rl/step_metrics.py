@@ -10,8 +10,11 @@ from hetero_rl.checkpoint import LoopState
 from hetero_rl.learner.deepspeed_learner import UpdateStats
 from hetero_rl.types import Rollouts
 
+Row = dict[str, float]
+"""Metric -> value, as `metrics.METRICS` has them."""
 
-def first_row(state: LoopState) -> dict[str, float]:
+
+def first_row(state: LoopState) -> Row:
     """The line of step 0: what is known before any update."""
     return {
         "step": 0,
@@ -20,15 +23,12 @@ def first_row(state: LoopState) -> dict[str, float]:
         "constraint/tolerance": state.tolerance,
         "constraint/lambda": state.dual.multiplier,
         "engine/nonfinite_logprobs": state.floor.num_nonfinite,
-        "publish/proof_gap": state.reference_gap,
         "weights/version": state.weight_version,
     }
 
 
-def step_row(
-    state: LoopState, rollouts: Rollouts, update: UpdateStats, multiplier: float, proof_gap: float, rejected: bool
-) -> dict[str, float]:
-    """The numbers of a step, named as in `metrics.METRICS`."""
+def step_row(state: LoopState, rollouts: Rollouts, phases: Row, update: UpdateStats, multiplier: float) -> Row:
+    """What is known of a step once the learner has taken it; what its publish, floor and evaluation say comes after."""
     sums, gap, rewards = update.sums, update.sums.gap, rollouts.rewards
     valid = rewards[np.isfinite(rewards)]
     lengths = [len(generation.tokens) for generation in rollouts.generations]
@@ -61,9 +61,10 @@ def step_row(
         "learner/lr": update.lr,
         "learner/skipped_steps": update.num_skipped,
         "weights/version": rollouts.weight_version,
-        "publish/proof_gap": proof_gap,
-        "publish/rebuilds": state.num_rebuilds,
-        "publish/rejected": int(rejected),
+        "publish/proof_gap": float("nan"),
+        "publish/rejected": 0,
+        **phases,
+        "perf/rollout_tokens_per_s": rollouts.num_tokens / phases["perf/rollout_s"],
     }
 
 
@@ -81,6 +82,6 @@ class Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-    def row(self, rollout_tokens_per_s: float) -> dict[str, float]:
-        """All laps, the whole step, and the rollout's speed."""
-        return {**self._laps, "perf/step_s": self._last - self._start, "perf/rollout_tokens_per_s": rollout_tokens_per_s}
+    def row(self) -> Row:
+        """All laps, and the whole step."""
+        return {**self._laps, "perf/step_s": self._last - self._start}

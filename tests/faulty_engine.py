@@ -1,5 +1,6 @@
 """A plug-in whose engine is ONNX Runtime with one fault: `ENGINE_FAULT=CALL:N:KIND` does KIND in the call N (from 0) of `generate`,
-`score` or `update`; without it, nothing. `ENGINE_FAULT_CLAIM=FILE`: only in the process that makes the file, of several.
+`score` or `update`; without it, nothing. `ENGINE_FAULT_CLAIM=FILE`: only in the process that makes the file, of several. The kind `gone`
+makes the file `ENGINE_GONE`, and no engine starts while it is there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from deploy_targets.errors import EngineError
 
 class FaultyEngine(OnnxRuntimeEngine):
     def __init__(self, artifact_dir, options, weight_version):
+        if os.path.exists(os.environ.get("ENGINE_GONE", "")):
+            raise EngineError("its machine is gone")
         super().__init__(artifact_dir, options, weight_version)
         self._fault, self._counts, self._seconds = None, {}, {}
         if "ENGINE_FAULT" in os.environ:
@@ -45,6 +48,9 @@ class FaultyEngine(OnnxRuntimeEngine):
             threading.Timer(delay, os.kill, [os.getpid(), signal.SIGKILL]).start()
         if kind == "hangs":
             time.sleep(10_000)
+        if kind == "gone":
+            open(os.environ["ENGINE_GONE"], "w").close()
+            raise EngineError("its machine is gone")
         if kind == "raises":
             raise RuntimeError("a bug of the runtime")
         begin = time.monotonic()

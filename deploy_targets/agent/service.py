@@ -80,7 +80,7 @@ def make_app(host: Host, token: str, max_file_bytes: int) -> ASGIApp:
 
     async def receive(request: Request) -> Response:
         base, received = request.query_params.get("base"), 0
-        with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES, dir=host.folder) as body:
+        with tempfile.SpooledTemporaryFile(_SPOOLED_BYTES, dir=str(host.folder)) as body:
             async for chunk in request.stream():
                 received += len(chunk)
                 if received > max_file_bytes:

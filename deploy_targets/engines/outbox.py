@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -73,7 +74,7 @@ class Outbox:
         except FileNotFoundError:  # other versions came by meanwhile
             return None
 
-    def _sha256(self, file: BinaryIO) -> str:
+    def _sha256(self, file: BufferedReader) -> str:
         status = os.fstat(file.fileno())
         identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         return self._once(identity, lambda: hashlib.file_digest(file, "sha256").hexdigest())
@@ -95,7 +96,7 @@ class Outbox:
         result: Made = made.result()
         return result
 
-    def _taken(self, path: Path, file: BinaryIO, sha256: str) -> Path:
+    def _taken(self, path: Path, file: BufferedReader, sha256: str) -> Path:
         held = self._folder / sha256
         try:
             os.link(path, held)

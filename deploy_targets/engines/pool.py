@@ -245,9 +245,11 @@ class PoolEngine:
         starter = threading.Timer(pause, self._restart, [member.place, member.coming])
         starter.daemon = True
         starter.start()
-        self._say(f"engine {member.place.name} is out: {why}. It is started anew in {pause:g} s; {self.num_serving} go on")
-        if engine is not None:
-            engine.close()
+        try:
+            self._say(f"engine {member.place.name} is out: {why}. It is started anew in {pause:g} s; {self.num_serving} go on")
+        finally:
+            if engine is not None:
+                engine.close()
 
     def _restart(self, place: Place, coming: Future[Engine]) -> None:
         if self._closing:

@@ -52,6 +52,10 @@ class LoopConfig(Table):
     publish_gate: float | None = Field(None, gt=0)
     """Undo a step after which the engine's gap on the step's own rollouts is more than this many times what it was before; unset: never."""
 
+    def publishes(self, step: int) -> bool:
+        """Whether the weights after `step` steps are published."""
+        return step % self.publish_every == 0 or step == self.num_steps
+
 
 class CheckpointConfig(Table):
     """`[checkpoint]`: what a kill may cost."""

@@ -355,6 +355,12 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_under_a_launcher(tmp_path: Path) -> None:
+    """The ranks that follow wait for nobody."""
+    result = hetero_rl("train", "--target", "int4-onnx", "--dry-run", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
 def test_several_processes(tmp_path: Path) -> None:
     fails(hetero_rl(*FAKE, cwd=tmp_path, OMPI_COMM_WORLD_SIZE="2"), 2, "OMPI_COMM_WORLD_SIZE = 2", "torchrun")
     fails(hetero_rl("eval", "--target", "fake", cwd=tmp_path, WORLD_SIZE="2", RANK="1"), 2, "WORLD_SIZE = 2", "torchrun")

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from deploy_targets.manifest import read_manifest
 from deploy_targets.weights_file import sha256_of
+from hetero_rl.checkpoint import load_state
 from hetero_rl.metrics import METRICS, read_metrics
-from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
+from tests.command_line import SHORT_RUN, at_step, environment_of, fails, hetero_rl, with_settings
 from tests.plugins import python_path
 
 TRAIN = ("train", "--target", "int4-onnx", *with_settings(*SHORT_RUN, "constraint.floor_every=2"))
@@ -227,7 +228,31 @@ def test_a_signal_saves_a_checkpoint(signum: int, exit_code: int, tmp_path: Path
     assert checkpoint.name == f"step-{last:06d}"
 
 
-def test_a_reward_that_raises_costs_no_step(tmp_path: Path) -> None:
+def test_a_signal_keeps_what_was_sampled_ahead(tmp_path: Path) -> None:
+    """One step off, with no checkpoint on schedule: the rollouts under way are of weights that a resume has no more."""
+    settings = with_settings(*SHORT_RUN, "loop.schedule=one_step_off", "loop.num_steps=10", "checkpoint.every_steps=100")
+    command = ["train", "--target", "int4-onnx", *settings, "--run-dir"]
+    whole = hetero_rl(*command, "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hetero_rl", *command, "run"], cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    at_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    stopped_at = read_metrics(tmp_path / "run")[-1]["step"]
+    assert load_state(tmp_path / "run" / "checkpoints" / f"step-{stopped_at:06d}").ahead is not None
+    resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    rows, expected = (read_metrics(tmp_path / name) for name in ("run", "whole"))
+    assert [exact(row) for row in rows] == [exact(row) for row in expected]
+    assert all(row["constraint/staleness_gap"] > 0 for row in rows[2:])
+
+
+@pytest.mark.parametrize(("most_calls", "step"), [(3, 1), (4, 2)], ids=["of a step", "of an evaluation"])
+def test_a_reward_that_raises_costs_no_step(most_calls: int, step: int, tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "import os\ncalls = 0\n\n\n"
         "def judge(completions, answer, **columns):\n"
@@ -241,13 +266,15 @@ def test_a_reward_that_raises_costs_no_step(tmp_path: Path) -> None:
     (tmp_path / "problems.jsonl").write_text(problems)
     task = with_settings("task.type=dataset", "task.path=problems.jsonl", "task.reward=my_rewards:judge", "checkpoint.every_steps=100")
     environment = {"PYTHONPATH": str(tmp_path)}
-    # Two calls for the first evaluation, one for each step.
-    failed = hetero_rl(*TRAIN, *task, "--run-dir", "run", cwd=tmp_path, **environment, MOST_CALLS="3")
+    # Two calls for the first evaluation, one for each step, then another evaluation.
+    failed = hetero_rl(*TRAIN, *task, "--run-dir", "run", cwd=tmp_path, **environment, MOST_CALLS=str(most_calls))
     fails(failed, 1, "judge is down")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:06d}"]
     resumed = hetero_rl("train", "--resume", "--run-dir", "run", cwd=tmp_path, **environment)
     assert resumed.returncode == 0, resumed.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if row.get("eval/deployed_accuracy") is not None] == [0, 2, 4]
 
 
 def test_nan_stops_the_step_and_not_the_run(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetero_rl.metrics import read_metrics
+from tests.command_line import with_settings
 from tests.faulty_engine import faulty_target
 from tests.recovery.conftest import LONGEST_RUN_S, NUM_FAULTS, Undisturbed, faults, finished, is_undisturbed, start, train, undisturbed_run
 
@@ -80,6 +81,22 @@ def test_a_publish_that_goes_wrong_starts_the_engine_anew(
     assert process.returncode == 0, out
     assert "failed its proof, and the engine was started anew" in out
     assert is_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.fault("the engine is gone amid a publish, and does not start again")
+def test_no_step_is_lost_where_no_engine_takes_its_weights(
+    undisturbed: Undisturbed, target: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    profile, environment = target
+    command = [*train(profile), *with_settings("checkpoint.every_steps=100")]
+    process = start(tmp_path, command, **environment, ENGINE_FAULT="update:1:gone", ENGINE_GONE=str(tmp_path / "gone"))
+    out, _ = process.communicate(timeout=LONGEST_RUN_S)
+    assert process.returncode == 1, out
+    assert "its machine is gone" in out
+    assert "saved a checkpoint of step 2" in out
+    (tmp_path / "gone").unlink()
+    out, _ = start(tmp_path, [], **environment).communicate(timeout=LONGEST_RUN_S)
+    assert is_undisturbed(tmp_path / "run", undisturbed), out
 
 
 POOL = f"[[engines]]\ncount = 2\n[pool]\nrestart_after_s = 0.2\ndeadline_s = {DEADLINE_S}\n"

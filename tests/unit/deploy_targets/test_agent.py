@@ -297,6 +297,35 @@ def test_nobody_enters_without_the_token(agent: Agent, folder: Path, tmp_path: P
         assert httpx.get(other.url + "/health", trust_env=False).json() == {"status": "ok", "target": "int4-onnx", "weight_version": None}
 
 
+def test_wrong_tokens_close_the_door_to_their_address_alone(folder: Path, tmp_path: Path) -> None:
+    """Nobody else is kept out; and who is, in the middle of a run, is an engine that fails, which others stand in for."""
+    with running_agent(PROFILE, tmp_path) as agent:
+        engine = RemoteEngine(PROFILE, folder, 0, url=agent.url, token=TOKEN)
+        there = httpx.HTTPTransport(local_address="127.0.0.9")
+        with httpx.Client(transport=there) as other:
+            answers = [other.get(agent.url + "/metrics").status_code for _ in range(NUM_WRONG_TOKENS + 1)]
+            assert answers == [401] * NUM_WRONG_TOKENS + [429]
+        assert engine.score(SEQUENCES)[0].weight_version == 0
+        for _ in range(NUM_WRONG_TOKENS):
+            httpx.get(agent.url + "/metrics", trust_env=False)
+        with pytest.raises(EngineError, match=r"does not accept the token \(429\)"):
+            engine.score(SEQUENCES)
+        engine.close()
+
+
+@pytest.mark.fault("agent: its disk is full")
+def test_a_full_disk_is_said(engine: RemoteEngine, agent: Agent, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    weights = moved(model, tmp_path / "next", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(agent.host, "receive", full)
+        with pytest.raises(EngineError, match=r"agent at http.*cannot be written: .*No space left on device"):
+            engine.update(WeightFile(weights, 4))
+    assert engine.update(WeightFile(weights, 4)) == 4
+
+
 def test_metrics(engine: RemoteEngine, agent: Agent) -> None:
     def shown() -> dict[str, float]:
         lines = httpx.get(agent.url + "/metrics", headers=HEADERS, trust_env=False).text.splitlines()

@@ -195,6 +195,20 @@ def test_too_few_engines_end_the_call(pool: PoolEngine, boxes: list[Box]) -> Non
         until_refused()
 
 
+def test_whoever_cannot_be_told_of_a_failure_keeps_nobody_waiting(boxes: list[Box]) -> None:
+    """A terminal that is gone, a full disk behind stdout."""
+
+    def say(sentence: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    pool = PoolEngine([Place(box.name, box.open) for box in boxes], Path("unused"), 0, rules=PoolRules(), say=say)
+    for box in boxes:
+        box.fail = dying("generate")
+    with pytest.raises(BrokenPipeError):
+        pool.generate(PROMPTS, SAMPLING)
+    pool.close()
+
+
 def test_all_dead_is_an_error_and_no_wait(pool: PoolEngine, boxes: list[Box]) -> None:
     for box in boxes:
         box.fail = dying("generate", "update", "start")
