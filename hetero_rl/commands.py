@@ -169,7 +169,7 @@ def _export_run(console: Console, run_path: Path, target: str | None, out: Path,
     if checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet, so there is nothing to export")
     with View(console) as view, tempfile.TemporaryDirectory(dir=out.parent) as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target, trains=False)
         view.phase(f"exporting {checkpoint.name}")
         return export_artifact(config, profile, parts, parts.restored or measure_start(config, parts), out)
 
@@ -360,7 +360,7 @@ def run_evaluation(
     if run is not None and checkpoint is None:
         raise RunFolderError(f"run {run_path} has no checkpoint yet")
     with View(console) as view, tempfile.TemporaryDirectory() as serving, ExitStack() as stack:
-        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target)
+        parts = assemble(config, profile, Path(serving) / "serving", view, stack, inputs, checkpoint, same_target=same_target, trains=False)
         view.phase("measuring")
         gap = measure_start(config, parts).floor
         numbers: dict[str, Any] = evaluate(parts, config.evaluation.num_final_problems)
@@ -381,8 +381,9 @@ def run_evaluation(
 
 
 def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, TargetProfile, bool]:
-    """A run as if it had been for `target`, where one is given; and whether that is the run's own."""
+    """A run as one process opens it, as if for `target`, where one is given; and whether that is the run's own."""
     run, config, own = open_run(run_path)
+    config = config.model_copy(update={"learner": config.learner.in_one_process()})
     profile = own if target is None else load_profile(target)
     if profile != own:
         # How it was trained is no matter of another target, whose engine may know of no routes.

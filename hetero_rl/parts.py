@@ -50,10 +50,12 @@ def assemble(
     checkpoint: Path | None = None,
     *,
     same_target: bool = True,
+    trains: bool = True,
 ) -> Parts:
     """Load the learner, from `checkpoint` if given, and start the engine on its weights; `stack` closes them.
 
     `inputs` are checked here when not given. Not `same_target`: the checkpoint's run was for another target, and gives its weights alone.
+    Not `trains`: the weights alone are taken of it, in one process, whatever the number of ranks that made it.
     """
     inputs = inputs or check_inputs(config, profile)
     model_dir, tokenizer, task = inputs.model_dir, inputs.tokenizer, inputs.task
@@ -71,8 +73,11 @@ def assemble(
         )
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
-        check_ranks(state, learner, config.learner.zero_stage)
-        learner.load(checkpoint)
+        if trains:
+            check_ranks(state, learner, config.learner.zero_stage)
+            learner.load(checkpoint)
+        else:
+            learner.load_weights(checkpoint)
     anew = ", and anew for every update: it cannot swap weights while it runs" if is_rebuilt(profile, model_dir) else ""
     engines = f"the {config.num_engines} engines" if config.engines else "the engine"
     view.phase(f"starting {engines} of {profile.name}{anew}")

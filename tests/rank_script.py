@@ -76,6 +76,23 @@ def calibrated(model: Path, stage: int) -> dict[str, Any]:
     return found
 
 
+def described(model: Path) -> dict[str, Any]:
+    """Probes of a bf16 learner whose weights are spread: in bf16, then in float32 from weights that are gathered on the way, twice."""
+    learner = Learner(
+        model, make_quantizer(load_profile("int4-onnx"), model), LearnerConfig(zero_stage=3, compute_dtype="bfloat16"), AlgorithmConfig(),
+        ConstraintConfig(), temperature=1.0, num_updates=1, max_response_tokens=8, seed=0,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    if learner.ranks.leads:
+        probes = [TokenSequence((*s.prompt, *s.tokens.tolist()), len(s.prompt)) for s in batch(9)]
+        for name in ("first", "again"):
+            found[name] = np.concatenate([description.logps_fp32 for description in learner.describe(probes)]).tolist()
+    else:
+        follow(learner)
+    learner.close()
+    return found
+
+
 def main(model: Path, out: Path, num_steps: int = NUM_STEPS) -> None:
     profile = load_profile("int4-onnx")
     found: dict[str, Any] = {}
@@ -101,6 +118,7 @@ def main(model: Path, out: Path, num_steps: int = NUM_STEPS) -> None:
         (out / f"lambdas-{stage}-{learner.ranks.rank}").write_text(hashlib.sha256(heard.encode()).hexdigest())
     for stage in CALIBRATED_STAGES:
         found[f"calibrated-{stage}"] = calibrated(model, stage)
+    found["described"] = described(model)
     if learner.ranks.leads:
         (out / "found.json").write_text(json.dumps(found))
 

@@ -77,6 +77,11 @@ class LearnerConfig(Table):
     max_skipped_in_a_row: int = Field(5, ge=1)
     """Stop the run after so many steps in a row with a non-finite loss or gradient."""
 
+    def in_one_process(self) -> LearnerConfig:
+        """For what needs the weights alone."""
+        alone = {"zero_stage": 0, "offload": "none", "offload_weights": False, "nvme_path": None, "launcher": "none", "num_ranks": 1}
+        return self.model_copy(update=alone)
+
     @model_validator(mode="after")
     def offload_is_of_what_is_sharded(self) -> LearnerConfig:
         """DeepSpeed would leave the rest on the GPU and say nothing."""

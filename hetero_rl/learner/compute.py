@@ -94,8 +94,7 @@ class Float32Arithmetic(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func` with float32 in place of every 16-bit tensor and dtype."""
         kwargs = kwargs or {}
-        name = str(getattr(func, "__name__", ""))
-        if name in _MOVES or (name.endswith("_") and not name.endswith("__")) or (name == "to" and not _names_dtype(args, kwargs)):
+        if _computes_nothing(func, args, kwargs):
             return func(*args, **kwargs)
         if func is nn.functional.embedding:  # the rows alone: a table may hold most of a small model's weights
             return func(*args, **kwargs).float()
@@ -103,16 +102,27 @@ class Float32Arithmetic(TorchFunctionMode):
 
 
 _MOVES = frozenset({
-    "__get__", "__set__", "__delete__", "__getitem__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__",
-    "chunk", "clone", "contiguous", "cpu", "cuda", "detach", "empty", "empty_like", "expand", "flatten", "narrow", "new_empty", "permute",
-    "reshape", "split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "__get__", "__set__", "__delete__", "__getitem__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "cat", "chunk",
+    "clone", "contiguous", "cpu", "cuda", "detach", "empty", "empty_like", "expand", "flatten", "narrow", "new_empty", "permute", "reshape",
+    "split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "zeros",
 })  # fmt: skip
-"""Calls that read, change or move a tensor itself and compute nothing; so do those whose name ends in "_". What they are given stays as
-it is: a changed copy would be lost, and DeepSpeed, whose ZeRO-3 hooks run in here too, would put widened weights in the model's place."""
 
 
-def _names_dtype(args: Any, kwargs: Any) -> bool:
-    return "dtype" in kwargs or any(isinstance(value, torch.dtype | Tensor) for value in args[1:])
+def _computes_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Calls that read, make, change, move or send a tensor itself, and are given it as it is: a changed copy would be lost.
+
+    DeepSpeed's ZeRO-3 hooks run in here too: what they gather has to arrive in the very weights, and stay in their dtype.
+    """
+    name = str(getattr(func, "__name__", ""))
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    is_sent = str(getattr(func, "__module__", "")).startswith("torch.distributed")
+    return name in _MOVES or is_in_place or is_sent or (name == "to" and not _changes_dtype(*args, **kwargs))
+
+
+def _changes_dtype(tensor: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether `tensor.to(...)` gives another dtype: of all its arguments, a dtype or a tensor that has one says so."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype | Tensor)]
+    return any((value if isinstance(value, torch.dtype) else value.dtype) != tensor.dtype for value in given)
 
 
 def _widened(value: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -360,6 +361,18 @@ class Learner:
         _, client_state = self._engine.load_checkpoint(str(folder), tag="learner")
         self._skipped_in_a_row, self._num_updates = int(client_state["skipped_in_a_row"]), int(client_state["num_updates"])
         self.forget_twins()
+
+    def load_weights(self, folder: Path) -> None:
+        """The weights alone of what `save` wrote, by any number of ranks under any stage of ZeRO: for all but training, without ZeRO."""
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        assert self.config.zero_stage == 0
+        if any((folder / "learner").glob("*_optim_states.pt")):
+            with redirect_stdout(io.StringIO()):  # it says what it reads, part by part
+                masters = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="learner")
+            self._copy_in(masters)
+        else:
+            self.load(folder)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; rank 0 lets the others go."""

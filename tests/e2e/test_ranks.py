@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import read_metrics
 from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
 from tests.conftest import TinyModels
@@ -79,8 +80,19 @@ def test_every_rank_rounds_by_the_same_calibration(by_ranks: dict[int, dict[str,
     assert two["weights"] == pytest.approx(one["weights"])
 
 
+def test_what_a_model_says_in_float32_is_the_same_from_spread_weights(by_ranks: dict[int, dict[str, Any]]) -> None:
+    """DeepSpeed gathers bf16 weights in the middle of float32 arithmetic, and must find them as they were."""
+    one, two = by_ranks[1]["described"], by_ranks[2]["described"]
+    assert np.isfinite(one["first"]).all()
+    assert two["again"] == two["first"]
+    np.testing.assert_allclose(two["first"], one["first"], atol=1e-4)
+
+
 def test_the_deepspeed_launcher_and_a_resume(tmp_path: Path) -> None:
-    """ZeRO 3 on two ranks through the command line; stopped half-way, it goes on with two, and says why not with one."""
+    """ZeRO 3 on two ranks through the command line; stopped half-way, it goes on with two, and says why not with one.
+
+    What needs the weights alone is one process's: an export of the same checkpoint gives the same bytes.
+    """
     settings = with_settings(*SHORT_RUN, "learner.zero_stage=3")
     assert hetero_rl("train", *settings, "--run-dir", "one", cwd=tmp_path, **LAUNCHED).returncode == 0
     launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "hetero_rl", "train"]
@@ -103,8 +115,11 @@ def test_the_deepspeed_launcher_and_a_resume(tmp_path: Path) -> None:
         "learner/grad_norm",
     ):
         assert two[1].get(name) == pytest.approx(one[1].get(name), rel=1e-2), name
+    again = hetero_rl("export", "two", "--out", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
-    shutil.rmtree(tmp_path / "two" / "artifact")
+    shutil.move(tmp_path / "two" / "artifact", tmp_path / "artifact")
+    assert sha256_of(tmp_path / "again" / "model.safetensors") == sha256_of(tmp_path / "artifact" / "model.safetensors")
     alone = hetero_rl("train", "--resume", "--run-dir", "two", cwd=tmp_path, **LAUNCHED)
     assert alone.returncode == 2
     assert "made by 2 ranks with learner.zero_stage = 3" in alone.stderr
