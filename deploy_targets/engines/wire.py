@@ -107,7 +107,9 @@ def _unpack_routes(packed: Mapping[str, Any] | None, num_inputs: Sequence[int]) 
 
 
 def unpack_generations(packed: Mapping[str, Any], prompts: Sequence[Sequence[int]]) -> list[Generation]:
-    """What `pack_generations` was given, for these prompts."""
+    """What `pack_generations` was given, for these prompts. Raises `EngineError` where there are more or fewer than those."""
+    if len(packed["lengths"]) != len(prompts):
+        raise EngineError(f"the engine gave {len(packed['lengths'])} answers to {len(prompts)} requests")
     tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
     logps = _decode(packed["logps"], "<f4", packed["lengths"])
     routes = _unpack_routes(packed["routes"], [len(prompt) + num - 1 for prompt, num in zip(prompts, packed["lengths"], strict=True)])
