@@ -240,7 +240,7 @@ def _call_user_function(
     example = f"The call had {len(problems)} samples; the first:\n{_show(problems[0], completions[0])}"
     try:
         values = _within(timeout_s, lambda: function(prompts=prompts, completions=texts, **columns))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = ""
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             hint = f"\nIt gets prompts, completions and the columns {', '.join(names)}: let it end in **columns."

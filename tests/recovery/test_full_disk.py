@@ -41,7 +41,7 @@ test -f run/config.json && set -- train --resume --run-dir run
 cp -r run ../kept
 """
 """Arguments: size of the disk, interpreter, condition, command. In a mount namespace of its own, so that nothing is left mounted."""
-SIZES = [60] if NUM_FAULTS < 10 else [1, 4, 10, 20, 30, 40, 50, 60, 70, 80]
+SIZES = [60] if NUM_FAULTS < 10 else [1, 4, 10, 20, 30, 40, 50, 60, 66, 72]
 """MiB; a checkpoint of the demo model takes about 25."""
 
 
