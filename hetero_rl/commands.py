@@ -26,7 +26,7 @@ from deploy_targets.profile import GateSpec, TargetProfile, load_profile, parse_
 from deploy_targets.report import print_table, write_html
 from deploy_targets.signing import check_private_key, sign_file
 from deploy_targets.verify import verify
-from hetero_rl.config import RunConfig, TargetConfig, load_config
+from hetero_rl.config import NVME_IS_NOT_RESTORED, RunConfig, TargetConfig, load_config
 from hetero_rl.delivery import Trust, checked_artifact, opened_engine, sign_and_pack
 from hetero_rl.errors import RunFolderError
 from hetero_rl.foreign import Foreign
@@ -383,6 +383,7 @@ def run_evaluation(
 def _opened(run_path: Path, target: str | None) -> tuple[RunFolder, RunConfig, TargetProfile, bool]:
     """A run as one process opens it, as if for `target`, where one is given; and whether that is the run's own."""
     run, config, own = open_run(run_path)
+    _require_whole_checkpoints(config)
     config = config.model_copy(update={"learner": config.learner.in_one_process()})
     profile = own if target is None else load_profile(target)
     if profile != own:
@@ -398,6 +399,7 @@ def _resumed(
     if run_dir is None:
         raise UsageError("--resume needs --run-dir, the folder of the run to continue")
     run, old, profile = open_run(run_dir)
+    _require_whole_checkpoints(old)
     if target is None and not files and not settings:
         return run, old, profile
     # Settings are laid over the run's own, so that --resume --set evaluation.every_steps=5 is enough.
@@ -409,6 +411,11 @@ def _resumed(
             f"({run_dir / PROFILE_FILE}). Resume without --target, --config and --set, or start a new run"
         )
     return run, new, profile
+
+
+def _require_whole_checkpoints(config: RunConfig) -> None:
+    if config.learner.offload == "nvme":
+        raise RunFolderError(f"a run with learner.offload = 'nvme' has no checkpoint to go on from: {NVME_IS_NOT_RESTORED}")
 
 
 def _warn(console: Console, text: str) -> None:

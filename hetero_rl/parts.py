@@ -15,7 +15,7 @@ from deploy_targets.quantizers.kv_cache import cache_rounding
 from deploy_targets.types import Sampling
 from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.checkpoint import LoopState, load_state
-from hetero_rl.config import RunConfig
+from hetero_rl.config import NVME_IS_NOT_RESTORED, RunConfig
 from hetero_rl.inputs import Inputs as Inputs
 from hetero_rl.inputs import check_inputs
 from hetero_rl.learner.deepspeed_learner import Learner
@@ -71,6 +71,8 @@ def assemble(
             f"target {profile.name!r} quantizes no layer: constraint.signal = {config.constraint.signal!r} has no twin to pull on, "
             "so the gap is only measured"
         )
+    if config.learner.offload == "nvme":
+        view.warn(f"learner.offload = 'nvme': this run cannot be resumed, nor its checkpoints exported. {NVME_IS_NOT_RESTORED}")
     if checkpoint is not None:
         view.phase(f"restoring {checkpoint.name}")
         if trains:

@@ -31,6 +31,12 @@ BF16_GAP = 0.004
 """Mean abs(dp) that two computations in bf16 differ by, about."""
 
 
+NVME_IS_NOT_RESTORED = (
+    "what DeepSpeed 0.19 saves of weights and optimizer that lie on a disk does not come back when it is loaded, and the run would begin "
+    "again with its first weights. Use learner.offload = 'cpu' where a run must survive"
+)
+
+
 class LearnerConfig(Table):
     """`[learner]`: the DeepSpeed side."""
 
@@ -54,7 +60,7 @@ class LearnerConfig(Table):
     offload_weights: bool = False
     """Keep the bf16 weights there too, fetched layer by layer; ZeRO 3."""
     nvme_path: Path | None = None
-    """Folder on a fast local disk, for `offload = "nvme"`; needs libaio."""
+    """Folder on a fast local disk, for `offload = "nvme"`; needs libaio. Such a run cannot be resumed: DeepSpeed does not restore it."""
     launcher: Literal["none", "ray"] = "none"
     """What starts the other ranks: nothing, or the torchrun or deepspeed that the command runs under; or `ray`, on a cluster that runs
     already (`[ray]`), with rank 0 in this process."""

@@ -30,13 +30,16 @@ def start_engine(policy: Policy, config: LearnerConfig, num_updates: int) -> Any
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On its first start on a machine DeepSpeed compiles its shared-memory communication and says so on stdout.
+    # On its first start on a machine DeepSpeed compiles its shared-memory communication, and what reads disks, and says so on stdout.
     with contextlib.redirect_stdout(io.StringIO()):
         # Loaded before ranks wait for each other: the one that waits for the lock would be waited for.
         with alone_with_extensions():
             build_shm_op()
+            if config.nvme_path is not None:
+                AsyncIOBuilder().load(verbose=False)
         deepspeed.init_distributed(dist_backend=backend(), verbose=False)
 
     def schedule(step: int) -> float:

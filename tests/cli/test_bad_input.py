@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from hetero_rl.config import load_config
 from hetero_rl.metrics import read_metrics
+from hetero_rl.run_folder import create_run
 from tests.artifacts import make_artifact
 from tests.command_line import SHORT_RUN, environment_of, fails, hetero_rl, with_settings
 from tests.conftest import TinyModels
@@ -264,6 +266,14 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
 def test_run_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     fails(hetero_rl(*FAKE, "--run-dir", tmp_path / "run", cwd=tmp_path), 2, "cannot be written")
+
+
+def test_what_lay_on_a_disk_is_not_resumed(tmp_path: Path) -> None:
+    """DeepSpeed would begin again with the first weights, and say nothing."""
+    settings = ["learner.offload=nvme", "learner.zero_stage=3", f"learner.nvme_path={tmp_path}"]
+    create_run(tmp_path / "begun", *load_config([], settings, "int4-onnx"))
+    for command in (("train", "--resume", "--run-dir", "begun"), ("export", "begun", "--out", "out"), ("eval", "begun")):
+        fails(hetero_rl(*command, cwd=tmp_path), 2, "learner.offload = 'nvme'", "does not come back", "learner.offload = 'cpu'")
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
