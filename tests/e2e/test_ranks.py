@@ -17,6 +17,7 @@ from deploy_targets.weights_file import sha256_of
 from hetero_rl.metrics import read_metrics
 from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
 from tests.conftest import TinyModels
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -128,6 +129,30 @@ def test_the_deepspeed_launcher_and_a_resume(tmp_path: Path) -> None:
     again = read_metrics(tmp_path / "two")
     assert [row["reward/mean"] for row in again[1:]] == [row["reward/mean"] for row in two[1:]]
     assert again[-1]["constraint/engine_gap"] == two[-1]["constraint/engine_gap"]
+
+
+@pytest.mark.variant
+def test_two_launchers_as_on_two_machines(tmp_path: Path) -> None:
+    """`torchrun --nnodes 2`: each machine starts its own, in its own folder; the run folder lies where both see it."""
+    settings = with_settings(*SHORT_RUN, "learner.zero_stage=2")
+    assert hetero_rl("train", *settings, "--run-dir", "one", cwd=tmp_path, **LAUNCHED).returncode == 0
+    port, processes = free_port(), []
+    for node in ("0", "1"):
+        (tmp_path / f"machine {node}").mkdir()
+        where = ["--nnodes", "2", "--node_rank", node, "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "hetero_rl", "train", *settings]
+        processes.append(
+            subprocess.Popen(
+                [*command, "--run-dir", tmp_path / "two"], cwd=tmp_path / f"machine {node}", env=environment_of(LAUNCHED),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 5
+    for name in ("constraint/floor", "reward/mean", "constraint/engine_gap", "learner/grad_norm"):
+        assert two[1].get(name) == pytest.approx(one[1].get(name), rel=1e-2), name
 
 
 @pytest.mark.fault("SIGKILL of one rank of two")

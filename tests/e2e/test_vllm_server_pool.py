@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +25,8 @@ from deploy_targets.types import WEIGHTS_FILE, Sampling, TokenSequence, WeightFi
 from deploy_targets.weights_file import sha256_of, write_version
 from hetero_rl.metrics import read_metrics
 from hetero_rl.model import resolve_model
-from tests.command_line import SHORT_RUN, hetero_rl, with_settings
+from tests.command_line import SHORT_RUN, at_step, environment_of, hetero_rl, with_settings
+from tests.ports import free_port
 from tests.vllm_server import vllm_server
 
 pytest.importorskip("vllm.version")
@@ -39,21 +44,29 @@ class Served:
     folder: Path
 
 
+OPTIONS = (
+    "--api-key", KEY, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "4096", "--dtype", "bfloat16",
+    "--max-model-len", "1025", "--hf-overrides", '{"max_position_embeddings": 1025}',
+)  # fmt: skip
+"""As docs/scale.md has them."""
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Started as docs/scale.md says, on the demo's model before any step."""
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model before any step, as the server takes it."""
     folder, model = tmp_path_factory.mktemp("server") / "start", resolve_model("demo")
     folder.mkdir()
     tensors = load_file(model / WEIGHTS_FILE)
     quantizer = make_quantizer(PROFILE, model)
     write_version(folder / WEIGHTS_FILE, quantizer, tensors.items(), model, 4 * len(tensors) + 16)
     quantizer.scaffold(model, folder)
-    options = [
-        "--api-key", KEY, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "4096", "--dtype", "bfloat16",
-        "--max-model-len", "1025", "--hf-overrides", '{"max_position_embeddings": 1025}',
-    ]  # fmt: skip
-    with vllm_server(PROFILE, folder, folder.parent / "serve.log", *options, VLLM_SERVER_DEV_MODE="1") as url:
-        yield Served(url, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(untrained: Path) -> Iterator[Served]:
+    with vllm_server(PROFILE, untrained, untrained.parent / "serve.log", *OPTIONS, VLLM_SERVER_DEV_MODE="1") as url:
+        yield Served(url, untrained)
 
 
 @pytest.fixture
@@ -112,6 +125,48 @@ def test_its_key_guards_no_weights(server: Served) -> None:
         nobody.get("/v1/models")
     assert nobody.post("/collective_rpc", {"method": "check_health"}) == {"results": [None]}
     nobody.close()
+
+
+@pytest.mark.slow
+@pytest.mark.variant
+@pytest.mark.fault("a vLLM server is killed in mid-run, and started anew by somebody on the weights of before")
+def test_a_server_that_is_started_anew_in_mid_run(untrained: Path, tmp_path: Path) -> None:
+    """An engine here goes on alone; the server comes back by an update that it proves."""
+    port = free_port()
+    (tmp_path / "key").write_text(KEY)
+    entries = f'[[engines]]\nurl = "http://127.0.0.1:{port}"\nserver = "vllm"\ntoken_file = "key"\n[[engines]]\n'
+    (tmp_path / "pool.toml").write_text(f"{entries}[pool]\nrestart_after_s = 2\n")
+
+    def serving(log: str) -> AbstractContextManager[str]:
+        return vllm_server(PROFILE, untrained, tmp_path / log, *OPTIONS, port=port, VLLM_SERVER_DEV_MODE="1")
+
+    settings = with_settings(*SHORT_RUN, "loop.num_steps=2000", "evaluation.every_steps=2000", "checkpoint.every_steps=100")
+    command = ["train", "--target", "int4-vllm", *settings, "--config", "pool.toml", "--run-dir", "run"]
+    with ExitStack() as stack:
+        first = stack.enter_context(ExitStack())
+        first.enter_context(serving("first.log"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hetero_rl", *command], cwd=tmp_path, env=environment_of({}), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        stack.callback(process.kill)
+        at_step(tmp_path / "run", 2, process)
+        first.close()
+        stack.enter_context(serving("second.log"))
+        num_before = len(read_metrics(tmp_path / "run"))
+        deadline = time.monotonic() + 300
+        while not any(row["engines/restarts"] and row["engines/serving"] == 2 for row in read_metrics(tmp_path / "run")[num_before:]):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    assert f"engine http://127.0.0.1:{port} is out" in out
+    assert f"engine http://127.0.0.1:{port} is back" in out
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert {row["engines/serving"] for row in rows[1:]} == {1, 2}
 
 
 @pytest.mark.slow
