@@ -6,7 +6,7 @@
 One step off, rollouts are of the weights before the last update. Their staleness is measured apart from the engine gap and
 corrected by the policy loss, as that of several updates is. A checkpoint on schedule empties the pipeline: the step after it
 samples for itself. One that a signal or a failure makes holds what was sampled ahead. Either way a resumed run does what the
-uninterrupted one did.
+uninterrupted one did. Where it was the sampling ahead that failed, the resume samples anew, from the weights of then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy_targets.engines.wire import pack_generations, unpack_generations
+from deploy_targets.engines.wire import decoded, encoded, pack_generations, unpack_generations
 from hetero_rl.rollout import train_sequences
 from hetero_rl.tasks.base import Problem
 from hetero_rl.types import Rollouts, TrainSequence
@@ -86,14 +86,15 @@ class Ahead:
             logps = old_logps(train_sequences(rollouts, np.zeros_like(rollouts.rewards)))
         return {
             "prompts": [problem.prompt for problem in rollouts.problems],
-            "tokens": [generation.prompt for generation in rollouts.generations],
+            "tokens": [generation.prompt for generation in rollouts.generations[:: rollouts.rewards.shape[1]]],
             "generations": pack_generations(rollouts.generations),
             "rewards": rollouts.rewards.tolist(),
             "weight_version": rollouts.weight_version,
             "num_replaced": rollouts.num_replaced,
             "num_replaced_tokens": rollouts.num_replaced_tokens,
             "seconds": made.seconds,
-            "old_logps": [array.tolist() for array in logps],
+            "old_logps": encoded(np.concatenate(logps)),
+            "lengths": [len(array) for array in logps],
         }
 
     def _timed(self, step: int) -> Timed:
@@ -119,12 +120,13 @@ class Ahead:
 
 def unpacked(packed: Mapping[str, Any]) -> Timed:
     """What `Ahead.packed` was made from. Of the problems it has the prompts alone: their rewards are given already."""
+    rewards = np.array(packed["rewards"], np.float32)
     rollouts = Rollouts(
         [Problem(prompt, "") for prompt in packed["prompts"]],
-        unpack_generations(packed["generations"], packed["tokens"]),
-        np.array(packed["rewards"], np.float32),
+        unpack_generations(packed["generations"], [prompt for prompt in packed["tokens"] for _ in range(rewards.shape[1])]),
+        rewards,
         packed["weight_version"],
         packed["num_replaced"],
         packed["num_replaced_tokens"],
     )
-    return Timed(rollouts, dict(packed["seconds"]), [np.array(logps, np.float32) for logps in packed["old_logps"]])
+    return Timed(rollouts, dict(packed["seconds"]), decoded(packed["old_logps"], "<f4", packed["lengths"]))

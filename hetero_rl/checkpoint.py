@@ -95,7 +95,7 @@ def save_checkpoint(folder: Path, state: LoopState, learner: Learner, config: Ch
         (temporary / FILES_FILE).write_text(json.dumps(_hashes(temporary), indent=1), "utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         # Where the disk is full, torch's writer speaks of unexpected positions.
         is_full = shutil.disk_usage(temporary).free < FULL_BYTES
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,10 +128,6 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
     Raises `RunFolderError` when all are damaged.
     """
-    for replaced in folder.glob("step-*.replaced"):
-        # A kill came between two renames: what was to be replaced is what there is.
-        if not replaced.with_suffix("").exists():
-            os.replace(replaced, replaced.with_suffix(""))
     found = checkpoints(folder)
     for checkpoint in reversed(found):
         damage = damage_of(checkpoint)
@@ -141,6 +137,16 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     if found:
         raise RunFolderError(f"all {len(found)} checkpoints in {folder} are damaged; the run must be started anew, with another --run-dir")
     return None
+
+
+def recovered(folder: Path) -> Path:
+    """The folder, as a kill between two renames should have left it: what was to be replaced is there again. For the run alone to call."""
+    for replaced in folder.glob("step-*.replaced"):
+        if replaced.with_suffix("").exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, replaced.with_suffix(""))
+    return folder
 
 
 def chosen_checkpoint(folder: Path, which: str, warn: Callable[[str], None]) -> Path | None:

@@ -99,7 +99,8 @@ def run_training(
     report = write_run_report(run.path, run.path / "report.html")
     if result.artifact is None:
         console.print(
-            f"stopped after step {result.step}; continue with: hetero-rl train --resume --run-dir {run.path}",
+            f"stopped after step {result.step}"
+            + ("" if config.learner.offload == "nvme" else f"; continue with: hetero-rl train --resume --run-dir {run.path}"),
             highlight=False,
             soft_wrap=True,
         )

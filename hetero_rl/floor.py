@@ -86,6 +86,7 @@ def measure_start(config: RunConfig, parts: Parts) -> LoopState:
         reference_gap=reference_gap,
         calibration=parts.publisher.calibration,
         compute_dtype=parts.learner.compute_dtype,
+        num_ranks=parts.learner.ranks.size,
     )
 
 

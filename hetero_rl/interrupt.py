@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hetero_rl.checkpoint import LoopState
-from hetero_rl.config import LoopConfig
+from hetero_rl.config import RunConfig
 from hetero_rl.view import View
-
-Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 @contextmanager
@@ -36,18 +34,20 @@ def stop_signals(view: View) -> Iterator[list[int]]:
 
 @contextmanager
 def saved_on_failure(
-    save: Callable[[LoopState], None], state: LoopState, loop: LoopConfig, view: View, kinds: Kinds = Exception
+    save: Callable[[LoopState], None], state: LoopState, config: RunConfig, view: View, kinds: type[Exception] = Exception
 ) -> Iterator[None]:
     """Around code of others that runs while the learner stands where `state` says: what it raises, of these kinds, costs no step."""
     try:
         yield
     except kinds:
-        if not loop.publishes(state.step):
+        if config.learner.offload == "nvme":
+            raise
+        if not config.loop.publishes(state.step):
             view.warn("this is between two publishes, where no checkpoint can be made; --resume goes on from the last one")
             raise
         try:
             save(state)
             view.warn(f"saved a checkpoint of step {state.step}; once the cause is removed, --resume goes on from there")
-        except OSError as error:
+        except Exception as error:
             view.warn(f"no checkpoint of step {state.step} could be saved: {error}")
         raise

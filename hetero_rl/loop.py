@@ -9,7 +9,7 @@ What is left out on purpose: a critic, a reference model, replay. Sampling and l
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from hetero_rl.algorithm.constraint import DualConfig, dual_step, infeasible_mes
 from hetero_rl.algorithm.discrepancy import token_gap
 from hetero_rl.algorithm.kinds import PAIRED
 from hetero_rl.algorithm.tolerance import mean_gap
-from hetero_rl.checkpoint import LoopState, newest_whole, save_checkpoint
+from hetero_rl.checkpoint import LoopState, newest_whole, recovered, save_checkpoint
 from hetero_rl.config import ConstraintConfig, RunConfig
 from hetero_rl.export import export_artifact
 from hetero_rl.floor import measure_start, measured_anew
@@ -56,7 +56,7 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
     """Train, publish after every step, export at the end; Ctrl-C or SIGTERM finishes the step, saves and returns."""
     loop, gate = config.loop, config.loop.publish_gate
     with ExitStack() as stack:
-        checkpoint = newest_whole(run.checkpoints, view.warn) if resume else None
+        checkpoint = newest_whole(recovered(run.checkpoints), view.warn) if resume else None
         parts = assemble(config, profile, run.serving, view, stack, inputs, checkpoint)
         task, learner, publisher, sampling = parts.task, parts.learner, parts.publisher, parts.sampling
         state = parts.restored
@@ -69,17 +69,18 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
         make = lambda step, lap: collect(publisher.engine, task, sampling, loop, step, lap)  # noqa: E731 - a rebuild changes the engine
         ahead = stack.enter_context(Ahead(make, state.step, state.ahead))
         stopped_by = stack.enter_context(stop_signals(view))
-        clock = Clock()
+        clock = Clock(state.row)
         view.start(config, profile, state)
 
         def save(state: LoopState) -> None:
-            owed = ahead.packed(lambda sequences: old_logps(learner, snapshot, sequences))
-            save_checkpoint(run.checkpoints, replace(state, ahead=owed or state.ahead), learner, config.checkpoint)
+            sampled = ahead.packed(lambda sequences: old_logps(learner, snapshot, sequences)) or state.ahead
+            state = replace(state, calibration=publisher.calibration, num_rebuilds=publisher.num_rebuilds, ahead=sampled)
+            save_checkpoint(run.checkpoints, state, learner, config.checkpoint)
 
         while True:
             # Served and proven, a step is still to be measured and written: the last one, or that of which a resume finds this undone.
             if state.row is not None:
-                with saved_on_failure(save, state, loop, view):
+                with saved_on_failure(save, state, config, view):
                     state, row = measured(state, state.row, config, parts, clock)
                 metrics.write(row)
                 view.step(row)
@@ -91,13 +92,14 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
                 break
 
             clock = Clock()
-            with saved_on_failure(save, state, loop, view):
+            with saved_on_failure(save, state, config, view):
                 rollouts, phases, logps = ahead.take(state.step)
                 clock.lap("perf/wait_s")
                 advantage = advantages(config.algorithm.advantage, torch.from_numpy(rollouts.rewards))
                 sequences = train_sequences(rollouts, advantage.numpy())
-            if snapshot is not None or logps is not None:
-                logps = old_logps(learner, snapshot, sequences) if logps is None else logps
+            if logps is None and snapshot is not None:
+                logps = old_logps(learner, snapshot, sequences)
+            if logps is not None:
                 sequences = [replace(sequence, learner_old_logp=old) for sequence, old in zip(sequences, logps, strict=True)]
             if loop.schedule == "one_step_off":
                 snapshot = None
@@ -117,17 +119,16 @@ def train(config: RunConfig, profile: TargetProfile, run: RunFolder, view: View,
             clock.lap("perf/wait_s")
 
             state = replace(state, step=state.step + 1, dual=dual, num_ranks=learner.ranks.size, deployed_accuracy=None, ahead=None)
-            row = step_row(state, rollouts, phases, update, multiplier)
+            row = step_row(state, rollouts, phases, update, multiplier) | clock.row()
             state = replace(state, row=row)
             if loop.publishes(state.step):
                 state = replace(state, weight_version=state.weight_version + 1)
-                # Without a gate to pass, a resume serves and proves by its start what no engine took.
-                with saved_on_failure(save, state, loop, view, EngineError if gate is None else ()):
+                # What no engine takes, a resume serves and proves by its start; not where a gate is to judge it first.
+                with saved_on_failure(save, state, config, view, EngineError) if gate is None else nullcontext():
                     publisher.publish(state.weight_version, rollouts.sequences)
                 if gate is not None and not engine_gap(parts, config.constraint, rollouts.sequences) <= gate * gap.mean_engine_gap:
                     learner.restore_masters()
-                    row = {**row, "publish/rejected": 1}
-                    state = replace(state, weight_version=state.weight_version + 1, row=row)
+                    state = replace(state, weight_version=state.weight_version + 1, row=row | {"publish/rejected": 1})
                     publisher.publish(state.weight_version, rollouts.sequences)
                 snapshot = learner.snapshot() if loop.publish_every > 1 else snapshot
             clock.lap("perf/publish_s")
@@ -150,7 +151,7 @@ def is_checkpoint(config: RunConfig, step: int) -> bool:
 
 def measured(state: LoopState, row: Row, config: RunConfig, parts: Parts, clock: Clock) -> tuple[LoopState, Row]:
     """`state` and the metrics of its step, with all that is known once its weights are served: proof, floor, accuracy."""
-    row = {**row, "publish/rebuilds": state.num_rebuilds}
+    row = {**row, "publish/rebuilds": parts.publisher.num_rebuilds}
     if config.loop.publishes(state.step):
         row["publish/proof_gap"] = parts.publisher.proof_gap
     if measures_floor(config, state.step):

@@ -105,6 +105,7 @@ class Publisher:
         self._probes: list[TokenSequence] = []
         self._reference_gap = 0.0
         self._proof_gap = float("nan")
+        self._unanswered: EngineError | None = None
         self._twin: NDArray[np.float32] = np.zeros(0, np.float32)
         self._told_apart: NDArray[np.float32] | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,6 +168,7 @@ class Publisher:
         Raises:
             WeightsError: a tensor holds NaN or infinity; the engine keeps serving the old version.
             ProofError: neither the updated nor the rebuilt engine serves what was published.
+            EngineError: no engine could be started anew, or it does not answer.
         """
         start = time.perf_counter()
         failure, quantized = self._swap(weight_version, rollouts)
@@ -215,11 +217,13 @@ class Publisher:
         """Hold every engine's answers to the probes against the twin's; returns why none is to be trusted, if so."""
         twin = self._twin = probabilities(self._learner.score(self._probes, as_twin=True))
         gaps: list[float] = []
+        self._unanswered = None
 
         def check(engine: Engine) -> str | None:
             try:
                 measured = ProbeProbabilities(twin, probabilities(engine.score(self._probes, self._learner.temperature)))
             except EngineError as error:
+                self._unanswered = error
                 return f"the probes could not be scored: {error}"
             failure = judge(measured)
             if failure is None:
@@ -241,6 +245,8 @@ class Publisher:
             self.engine = self._start_engine(self.folder, weight_version)
             self._told_apart = None
             again = self._proof_failure()
+            if again is not None and self._unanswered is not None:
+                raise EngineError(f"update {weight_version} could not be proven: {failure}. A rebuilt engine fails as well: {again}")
             if again is not None:
                 raise ProofError(
                     f"update {weight_version} is not served by engine {self._profile.engine.name!r}: {failure}. "

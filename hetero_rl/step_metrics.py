@@ -71,10 +71,12 @@ def step_row(state: LoopState, rollouts: Rollouts, phases: Row, update: UpdateSt
 class Clock:
     """Seconds of a step, phase by phase."""
 
-    def __init__(self) -> None:
-        """Start now."""
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+    def __init__(self, so_far: Row | None = None) -> None:
+        """Start now, or go on with a step of which a resume finds these metrics."""
+        spent = {name: value for name, value in (so_far or {}).items() if name.startswith("perf/")}
+        self._last = time.perf_counter()
+        self._start = self._last - spent.pop("perf/step_s", 0.0)
+        self._laps = spent
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to `name`."""

@@ -125,7 +125,7 @@ class View:
             "discrepancy", f"{gap:.4f}", self._spark("constraint/gap_ema") + Text(f"  tolerance {tolerance:.4f}, ", "dim") + verdict
         )
         table.add_row("lambda", f"{row['constraint/lambda']:.3f}", self._spark("constraint/lambda"))
-        seconds = "  ".join(f"{name} {row[key]:.2f}" for name, key in PHASES.items())
+        seconds = "  ".join(f"{name} {row[key]:.2f}" for name, key in PHASES.items() if key in row)
         table.add_row("seconds", f"{row['perf/step_s']:.2f}", Text(seconds, "dim"))
         table.add_row("rollout", f"{row['perf/rollout_tokens_per_s']:,.0f}", Text("tokens/s", "dim"))
         return Panel(Group(table), title=self._title, border_style="cyan", expand=False)

@@ -87,7 +87,7 @@ def serve(
         say(f"serving {profile.name} at {binding.url}; end with Ctrl-C")
         uvicorn.run(
             make_app(host, token, max_file_bytes), host=binding.host, port=binding.port, log_level="warning", access_log=False,
-            ssl_certfile=binding.tls_cert, ssl_keyfile=binding.tls_key, server_header=False, timeout_keep_alive=600,
+            ssl_certfile=binding.tls_cert, ssl_keyfile=binding.tls_key, server_header=False, timeout_keep_alive=600, proxy_headers=False,
         )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ class Outbox:
     """Shared by engines that are started and updated at once, each by a thread of its own. Its folder goes when it does."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="outbox-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="outbox-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._lock = threading.Lock()
         self._made: dict[Hashable, Future[Any]] = {}
         """What was computed, or is being."""
@@ -49,9 +49,9 @@ class Outbox:
                 held = self._held.pop(sha256, None) or self._taken(path, file, sha256)
                 self._held[sha256] = held
                 for old in [*self._held][:-NUM_HELD]:
-                    self._held.pop(old).unlink()
-                    for delta in self._folder.glob(f"{old}-*"):
-                        delta.unlink()
+                    self._held.pop(old).unlink(missing_ok=True)
+                    for delta in self.folder.glob(f"{old}-*"):
+                        delta.unlink(missing_ok=True)
         return sha256, held
 
     def bases(self, sha256: str) -> list[str]:
@@ -97,7 +97,7 @@ class Outbox:
         return result
 
     def _taken(self, path: Path, file: BufferedReader, sha256: str) -> Path:
-        held = self._folder / sha256
+        held = self.folder / sha256
         try:
             os.link(path, held)
         except OSError:  # on another file system
@@ -111,7 +111,7 @@ class Outbox:
         return held
 
     def _pack(self, path: Path, sha256: str, old: Path) -> Path:
-        delta = self._folder / f"{old.name}-{sha256}"
+        delta = self.folder / f"{old.name}-{sha256}"
         with open(delta, "wb") as file:
             for block in packed(path, old):
                 file.write(block)

@@ -58,8 +58,7 @@ class RemoteEngine:
 
     def update(self, weights: WeightFile) -> int:
         """Send what changed since a version that the agent holds, or all of it where that is not less, and have it served."""
-        sha256, path = self._outbox.hold(weights.path)
-        self._send(sha256, path)
+        sha256 = self._bring(weights.path)
         answer = self._post("update", {"sha256": sha256, "weight_version": weights.weight_version})
         self.weight_version = int(answer["weight_version"])
         return self.weight_version
@@ -84,11 +83,18 @@ class RemoteEngine:
         paths = {name: path for name, path in paths.items() if not name.endswith((".next", ".proven", ".partial"))}
         files: dict[str, str] = {}
         for name, path in paths.items():
-            # While this is sent, the run may go on elsewhere and put its next version under the same name.
-            files[name], sent = self._outbox.hold(path) if name in WEIGHTS_FILES else (self._outbox.sha256(path), path)
-            self._send(files[name], sent)
+            files[name] = self._bring(path, is_replaced=name in WEIGHTS_FILES)
         asked = {"files": files, "weight_version": self.weight_version, "scheme": profile.scheme.model_dump(mode="json")}
         return str(self._ask("POST", "/v1/start", json=asked)["lease"])
+
+    def _bring(self, path: Path, *, is_replaced: bool = True) -> str:
+        """Send a file; one that `is_replaced` may be, by the next version under its name, is held until then. Returns its sha256."""
+        try:
+            sha256, held = self._outbox.hold(path) if is_replaced else (self._outbox.sha256(path), path)
+            self._send(sha256, held)
+        except OSError as error:
+            raise EngineError(f"what goes to {self.url} cannot be kept in {self._outbox.folder}: {error.strerror or error}") from error
+        return sha256
 
     def _send(self, sha256: str, path: Path) -> None:
         """Bring a file to the agent, if it does not hold it."""

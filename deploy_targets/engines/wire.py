@@ -60,11 +60,13 @@ def unpack_error(packed: Mapping[str, Any]) -> DeployTargetsError | None:
     return error
 
 
-def _encode(array: NDArray[Any]) -> str:
+def encoded(array: NDArray[Any]) -> str:
+    """The bytes of an array as base64."""
     return base64.b64encode(array.tobytes()).decode("ascii")
 
 
-def _decode(text: str, dtype: str, lengths: Sequence[int]) -> list[NDArray[Any]]:
+def decoded(text: str, dtype: str, lengths: Sequence[int]) -> list[NDArray[Any]]:
+    """Arrays of these lengths, which were encoded as one, flat. Raises `ValueError` where they do not add up to it."""
     flat = np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
     if sum(lengths) != len(flat):
         raise ValueError(f"{len(flat)} values for lengths that sum to {sum(lengths)}")
@@ -83,8 +85,8 @@ def pack_generations(generations: Sequence[Generation]) -> dict[str, Any]:
     _check_lengths([(len(generation.tokens), len(generation.logps)) for generation in generations], "tokens and log-probs")
     return {
         "lengths": [len(generation.tokens) for generation in generations],
-        "tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
-        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(generation.logps for generation in generations)]).astype("<f4")),
+        "tokens": encoded(np.concatenate([np.zeros(0, np.int32), *(generation.tokens for generation in generations)]).astype("<i4")),
+        "logps": encoded(np.concatenate([np.zeros(0, np.float32), *(generation.logps for generation in generations)]).astype("<f4")),
         "about": [[g.weight_version, g.temperature, g.finish_reason] for g in generations],
         "routes": _pack_routes([generation.routes for generation in generations]),
     }
@@ -95,14 +97,14 @@ def _pack_routes(routes: Sequence[NDArray[np.int16] | None]) -> dict[str, Any] |
     given = [array for array in routes if array is not None]
     if not given or len(given) < len(routes):
         return None
-    return {"per_token": given[0].shape[1:], "experts": _encode(np.concatenate(given).astype("<i2"))}
+    return {"per_token": given[0].shape[1:], "experts": encoded(np.concatenate(given).astype("<i2"))}
 
 
 def _unpack_routes(packed: Mapping[str, Any] | None, num_inputs: Sequence[int]) -> Sequence[NDArray[np.int16] | None]:
     if packed is None:
         return [None] * len(num_inputs)
     num_layers, top_k = packed["per_token"]
-    flat = _decode(packed["experts"], "<i2", [num * num_layers * top_k for num in num_inputs])
+    flat = decoded(packed["experts"], "<i2", [num * num_layers * top_k for num in num_inputs])
     return [experts.reshape(-1, num_layers, top_k) for experts in flat]
 
 
@@ -110,8 +112,8 @@ def unpack_generations(packed: Mapping[str, Any], prompts: Sequence[Sequence[int
     """What `pack_generations` was given, for these prompts. Raises `EngineError` where there are more or fewer than those."""
     if len(packed["lengths"]) != len(prompts):
         raise EngineError(f"the engine gave {len(packed['lengths'])} answers to {len(prompts)} requests")
-    tokens = _decode(packed["tokens"], "<i4", packed["lengths"])
-    logps = _decode(packed["logps"], "<f4", packed["lengths"])
+    tokens = decoded(packed["tokens"], "<i4", packed["lengths"])
+    logps = decoded(packed["logps"], "<f4", packed["lengths"])
     routes = _unpack_routes(packed["routes"], [len(prompt) + num - 1 for prompt, num in zip(prompts, packed["lengths"], strict=True)])
     return [
         Generation(tuple(map(int, prompt)), token_ids, token_logps, weight_version, temperature, finish_reason, experts)
@@ -126,16 +128,16 @@ def pack_scores(scores: Sequence[TokenScores]) -> dict[str, Any]:
     _check_lengths([(len(score.logps), len(score.greedy_tokens)) for score in scores], "log-probs and greedy tokens")
     return {
         "lengths": [len(score.logps) for score in scores],
-        "logps": _encode(np.concatenate([np.zeros(0, np.float32), *(score.logps for score in scores)]).astype("<f4")),
-        "greedy_tokens": _encode(np.concatenate([np.zeros(0, np.int32), *(score.greedy_tokens for score in scores)]).astype("<i4")),
+        "logps": encoded(np.concatenate([np.zeros(0, np.float32), *(score.logps for score in scores)]).astype("<f4")),
+        "greedy_tokens": encoded(np.concatenate([np.zeros(0, np.int32), *(score.greedy_tokens for score in scores)]).astype("<i4")),
         "about": [[score.weight_version, score.temperature] for score in scores],
     }
 
 
 def unpack_scores(packed: Mapping[str, Any]) -> list[TokenScores]:
     """What `pack_scores` was given."""
-    logps = _decode(packed["logps"], "<f4", packed["lengths"])
-    greedy_tokens = _decode(packed["greedy_tokens"], "<i4", packed["lengths"])
+    logps = decoded(packed["logps"], "<f4", packed["lengths"])
+    greedy_tokens = decoded(packed["greedy_tokens"], "<i4", packed["lengths"])
     return [
         TokenScores(token_logps, greedy, weight_version, temperature)
         for token_logps, greedy, (weight_version, temperature) in zip(logps, greedy_tokens, packed["about"], strict=True)

@@ -87,7 +87,7 @@ def test_what_is_held_stays_whatever_comes_under_its_name(tmp_path: Path, monkey
         hashes.append(sha256)
     assert box.bases("another") == hashes[: -NUM_HELD - 1 : -1]
     assert box.difference(held, hashes[-1], hashes[0]) is None
-    folder = box._folder
+    folder = box.folder
     assert {path.name.partition("-")[0] for path in folder.iterdir()} == {*hashes[-NUM_HELD:]}
     del box
     assert not folder.exists()

@@ -12,7 +12,7 @@ import pytest
 
 from hetero_rl.algorithm.constraint import DualState
 from hetero_rl.algorithm.tolerance import Floor
-from hetero_rl.checkpoint import LoopState, checkpoints, chosen_checkpoint, load_state, newest_whole, save_checkpoint
+from hetero_rl.checkpoint import LoopState, checkpoints, chosen_checkpoint, load_state, newest_whole, recovered, save_checkpoint
 from hetero_rl.config import CheckpointConfig
 from hetero_rl.errors import RunFolderError
 
@@ -105,8 +105,11 @@ def test_the_same_state_is_not_written_twice(tmp_path: Path) -> None:
 def test_a_kill_between_two_renames(tmp_path: Path) -> None:
     first = save(tmp_path, 1, 0.5)
     os.replace(first, first.with_suffix(".replaced"))
-    assert newest_whole(tmp_path, pytest.fail) == first
+    assert newest_whole(tmp_path, pytest.fail) is None, "others than the run may look at it"
+    assert newest_whole(recovered(tmp_path), pytest.fail) == first
     assert load_state(first).deployed_accuracy == 0.5
+    (tmp_path / "step-000001.replaced").mkdir()
+    assert [path.name for path in recovered(tmp_path).iterdir()] == ["step-000001"]
 
 
 def test_the_same_step_again(tmp_path: Path) -> None:

@@ -160,6 +160,18 @@ def test_an_engine_that_never_updates_is_caught_however_small_the_steps(publishe
     assert num_published > 1
 
 
+def test_an_engine_that_does_not_answer_has_not_failed_its_proof(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights may be as good as any: a checkpoint of them is one to go on from."""
+
+    def gone(*arguments: object) -> None:
+        raise EngineError("its machine is gone")
+
+    move(publisher)
+    monkeypatch.setattr(type(publisher.engine), "score", gone)
+    with pytest.raises(EngineError, match=r"update 1 could not be proven: .*its machine is gone.*A rebuilt engine fails as well"):
+        publisher.publish(1)
+
+
 def test_a_quantizer_that_is_not_calibrated_costs_nothing(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(sequences: object) -> None:
         raise AssertionError("the model read sequences that nobody needs")

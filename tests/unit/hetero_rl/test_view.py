@@ -18,13 +18,14 @@ from hetero_rl.view import View
 SECONDS = {metric: 1.0 + 2.0**-index for index, metric in enumerate(PHASES.values(), start=2)}
 ROW = dict.fromkeys(METRICS, 0.5) | SECONDS | {"step": 10.0, "learner/skipped_steps": 0, "perf/step_s": 6.5, "constraint/tolerance": 0.75}
 
+STATE = LoopState(0, 0, DualState(0.0), Floor(0.02, 0.01, 0.03, 4096), 0.75, 0.02, 0.75, (), 0.0)
+
 
 def shown(*, terminal: bool, **changes: float) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=160, no_color=True, legacy_windows=False)
-    state = LoopState(0, 0, DualState(0.0), Floor(0.02, 0.01, 0.03, 4096), 0.75, 0.02, 0.75, (), 0.0)
     with View(console) as view:
-        view.start(RunConfig(), load_profile("fake"), state)
+        view.start(RunConfig(), load_profile("fake"), STATE)
         view.step(ROW | changes)
     return out.getvalue()
 
@@ -39,6 +40,15 @@ def test_panel_shows_every_phase_with_its_seconds() -> None:
         assert f"{name} {SECONDS[metric]:.2f}" in panel
     assert "6.50" in panel
     assert "inside the tolerance" in panel
+
+
+def test_panel_of_a_step_that_a_resume_ended() -> None:
+    """Its publish failed, and was made up for by the start."""
+    out = io.StringIO()
+    with View(Console(file=out, force_terminal=True, width=160, no_color=True, legacy_windows=False)) as view:
+        view.start(RunConfig(), load_profile("fake"), STATE)
+        view.step({name: value for name, value in ROW.items() if name != PHASES["publish"]})
+    assert "learner" in out.getvalue()
 
 
 @pytest.mark.parametrize("fragment", ["step 10/", "reward 0.500", "gap 0.5000/0.7500", "6.50 s", "deployed accuracy 50.0%, learner 50.0%"])
