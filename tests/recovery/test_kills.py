@@ -137,7 +137,7 @@ def test_the_engine_is_killed(undisturbed: Undisturbed, tmp_path: Path, instants
         process = start(tmp_path, train(profile))
         engine = engine_of(process)
         try:
-            out, _ = process.communicate(timeout=instants.uniform(0, 0.6) * undisturbed.seconds)
+            out, _ = process.communicate(timeout=instants.uniform(0, 0.25) * undisturbed.seconds)
         except subprocess.TimeoutExpired:
             if engine is not None and engine.is_running():
                 engine.kill()
