@@ -41,6 +41,7 @@ def test_the_calibration_is_in_the_checkpoint_and_comes_from_the_rollouts(run: P
     assert early != late
 
 
+@pytest.mark.variant
 def test_export_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
     result = hetero_rl("export", run, "--out", "again", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -39,6 +39,7 @@ def trained(folder: Path, *settings: str) -> tuple[str, list[dict[str, float]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_it_does_not_eat_the_reward(tmp_path: Path) -> None:
     """A fifth of the floor, by the signal that cannot lower the gap, pressed as hard as it may be from the first step on."""
     _, free = trained(tmp_path / "free", "constraint.signal=off")

@@ -19,8 +19,8 @@ from tests.command_line import SHORT_RUN, fails, hetero_rl, with_settings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 NUM_STEPS = int(os.environ.get("HETERO_RL_TESTS_TARGET_STEPS", "2"))
-FAMILIES = {"nf4-transformers", "int4-gptq-vllm", "q4_k_m-llamacpp", "int8-onnx"}
-"""One target of each family besides int4-onnx and int4-vllm, which test_train.py and test_vllm.py train."""
+FAMILIES = {"nf4-transformers", "q4_k_m-llamacpp", "int8-onnx"}
+"""One target of each family besides int4-onnx, int4-vllm and int4-gptq-vllm, which have tests of their own (test_train.py and others)."""
 PROFILES = shipped_profiles()
 RUNNABLE = [name for name, profile in PROFILES.items() if not check_target(profile)]
 TRAINED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.variant) for name in RUNNABLE if name != "fake"]

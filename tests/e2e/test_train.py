@@ -251,7 +251,9 @@ def test_a_signal_keeps_what_was_sampled_ahead(tmp_path: Path) -> None:
     assert all(row["constraint/staleness_gap"] > 0 for row in rows[2:])
 
 
-@pytest.mark.parametrize(("most_calls", "step"), [(3, 1), (4, 2)], ids=["of a step", "of an evaluation"])
+@pytest.mark.parametrize(
+    ("most_calls", "step"), [pytest.param(3, 1, id="of a step", marks=pytest.mark.variant), pytest.param(4, 2, id="of an evaluation")]
+)
 def test_a_reward_that_raises_costs_no_step(most_calls: int, step: int, tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "import os\ncalls = 0\n\n\n"

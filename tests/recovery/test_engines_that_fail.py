@@ -129,6 +129,7 @@ def test_one_of_a_pool_costs_nothing(
     assert finished(tmp_path / "run")[:2] == undisturbed_pool[:2]
 
 
+@pytest.mark.variant
 @pytest.mark.fault("the only engine hangs past its deadline")
 def test_the_only_engine_hangs(target: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     """With fewer engines than are asked for the run saves and ends; a resume may have another number of them."""

@@ -76,6 +76,7 @@ def test_it_fills_up_amid_what_is_written(what: str, undisturbed: Undisturbed, t
     fails_and_goes_on(tmp_path, 200, WHEN[what], train(), undisturbed)
 
 
+@pytest.mark.variant
 @pytest.mark.fault("disk full amid the metrics")
 def test_it_fills_up_where_only_metrics_are_written(tmp_path: Path) -> None:
     """Without publishes and checkpoints in between; some 20 rows, so that the last page of the file has no room for what comes."""

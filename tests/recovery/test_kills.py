@@ -74,9 +74,7 @@ WRITTEN = {
 """What lies in a run folder while it is written."""
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=pytest.mark.fault(f"SIGKILL of the trainer amid its {what}")) for what in WRITTEN]
-)
+@pytest.mark.parametrize("what", faults(["checkpoint"] if NUM_FAULTS < 10 else WRITTEN, "SIGKILL of the trainer amid its {}"))
 def test_the_trainer_is_killed_while_it_writes(
     what: str, undisturbed: Undisturbed, tmp_path: Path, instants: random.Random, survived: Survived
 ) -> None:
@@ -96,7 +94,9 @@ def test_the_trainer_is_killed_while_it_writes(
         survived()
 
 
-@pytest.mark.parametrize("call", faults(("generate", "score", "update"), "SIGKILL of the engine amid its `{}`"))
+@pytest.mark.parametrize(
+    "call", faults(["generate"] if NUM_FAULTS < 10 else ["generate", "score", "update"], "SIGKILL of the engine amid its `{}`")
+)
 def test_the_engine_is_killed_amid_a_call(
     call: str, undisturbed: Undisturbed, tmp_path: Path, instants: random.Random, survived: Survived
 ) -> None:

@@ -53,7 +53,7 @@ def test_shipped_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["arithmetic", "attention", "constraint_cost", "scaling"])
+@pytest.mark.parametrize("name", ["arithmetic", "attention", "constraint_cost", pytest.param("scaling", marks=pytest.mark.variant)])
 def test_quick_run(name: str, tmp_path: Path) -> None:
     out = tmp_path / "nested" / "record.json"
     done = subprocess.run(

@@ -220,6 +220,7 @@ def test_report_is_made_from_the_lines_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_a_suite_resumes(tmp_path: Path) -> None:
     """One run through the command line; asked again, there is nothing to do."""
     out = tmp_path / "lines.jsonl"
